@@ -1,0 +1,21 @@
+# MLA + MoE at character level, for two CPU cores
+out_dir = 'out/shakespeare'
+dataset = 'shakespeare'
+batch_size = 16
+block_size = 128
+max_position_embeddings = 256
+hidden_size = 192
+num_hidden_layers = 4
+num_attention_heads = 6
+kv_lora_rank = 64
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 32
+n_routed_experts = 8
+n_shared_experts = 1
+num_experts_per_tok = 2
+moe_intermediate_size = 128
+max_steps = 1000
+learning_rate = 3e-3
+sample_interval = 250
+checkpoint_interval = 1000

@@ -1,0 +1,712 @@
+"""The whole architecture of nanoseek: a DeepSeek-V3 style language model, and the Llama style one it grew out of.
+
+References; "eq. 12" in a comment is that of [1]
+  [1] DeepSeek-V3 Technical Report, arXiv 2412.19437v2      [2] Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664
+  [3] RoFormer (RoPE), arXiv 2104.09864                     [4] YaRN, arXiv 2309.00071
+  [5] Transformers are RNNs (linear attention), arXiv 2006.16236
+
+Dims, used in every shape comment
+  B  sequences of a batch      T  new tokens of each        S  cached and new tokens     N  rows: B*T tokens
+  D  hidden_size               H  query heads               G  key/value heads           V  vocab_size
+  d  head_dim                  dn qk_nope_head_dim          dr qk_rope_head_dim          dv v_head_dim
+  R  kv_lora_rank              E  routed experts            K  experts per token         I  width of an expert
+
+Parameters carry the names that Hugging Face's Llama, Glm4Moe and DeepseekV3 models give them; only the experts are
+stacked, (E, out, in), and taken apart when they are saved.
+"""
+import json, math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------- Config
+
+MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
+MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok', 'moe_intermediate_size',
+            'first_k_dense_replace', 'n_group', 'topk_group', 'norm_topk_prob', 'routed_scaling_factor'}
+CLASSES = {'llama': 'LlamaForCausalLM', 'glm4_moe': 'Glm4MoeForCausalLM', 'deepseek_v3': 'DeepseekV3ForCausalLM',
+           'nanoseek_linear': 'NanoseekLinearForCausalLM'}   # by model_type; the last is ours alone
+FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'attention_dropout': 0.0}
+ONLY = {**FIXED, 'rope_interleave': True, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
+        'topk_method': 'noaux_tc', 'sliding_window': None, 'quantization_config': None, 'truncate': True}
+
+@dataclass
+class Config:
+    """The architecture: the keys of Hugging Face's config.json, and at the end what only training uses"""
+    vocab_size: int = 0                     # V; 0: the dataset's own
+    hidden_size: int = 128                  # D, width of the residual stream
+    intermediate_size: int = 0              # width of a dense layer's SwiGLU; 0: 8/3 of hidden_size
+    num_hidden_layers: int = 4              # blocks, without the MTP ones
+    num_attention_heads: int = 4            # H
+    num_key_value_heads: int = 0            # G, for gqa; 0: as many as query heads
+    head_dim: int = 0                       # d, for gqa and linear; 0: hidden_size / heads
+    max_position_embeddings: int = 2048     # the longest context
+    rope_theta: float = 10000.0             # RoPE's base
+    rope_scaling: dict | None = None        # YaRN, as in config.json: {'rope_type': 'yarn', 'factor': 4.0, ...}
+    rms_norm_eps: float = 1e-6              # RMSNorm's epsilon
+    tie_word_embeddings: bool = True        # one matrix for the embedding and the head
+    initializer_range: float = 0.02         # standard deviation of the initial weights
+    bos_token_id: int | None = None         # begin-of-text token, for config.json
+    eos_token_id: int | None = None         # end-of-text token, where generation stops
+    attention: Literal['gqa', 'mla', 'linear'] = 'mla'  # kind of attention
+    q_lora_rank: int | None = None          # MLA: rank of the query's bottleneck; none: a full-rank q_proj
+    kv_lora_rank: int = 64                  # MLA: R, rank of the latent that is cached
+    qk_nope_head_dim: int = 32              # MLA: dn, a head's dims without position
+    qk_rope_head_dim: int = 16              # MLA: dr, a head's dims with position, the key's shared by all heads
+    v_head_dim: int = 32                    # MLA: dv
+    n_routed_experts: int = 0               # E; 0: a dense model
+    n_shared_experts: int = 0               # experts that every token passes
+    num_experts_per_tok: int = 2            # K
+    moe_intermediate_size: int = 0          # I, width of one expert; 0: intermediate_size
+    first_k_dense_replace: int = 0          # leading layers that stay dense
+    n_group: int = 1                        # groups of experts, for group-limited routing
+    topk_group: int = 1                     # groups that a token may choose from
+    norm_topk_prob: bool = True             # a token's expert weights sum to routed_scaling_factor
+    routed_scaling_factor: float = 1.0      # factor on the routed experts' weights
+    num_nextn_predict_layers: int = 0       # multi-token prediction (MTP) depth
+    bias_update_speed: float = 1e-3         # gamma of loss-free balancing, a step of the router's bias
+    seq_aux_loss_weight: float = 1e-4       # alpha of the sequence-wise balance loss
+    mtp_loss_weight: float = 0.3            # lambda of the MTP loss
+    dropout: float = 0.0                    # on what attention and MLP add to the residual stream
+
+    def __post_init__(self):
+        for f in fields(self):
+            if f.type is int and getattr(self, f.name) < min(f.default, 1):
+                raise ValueError(f'impossible model: {f.name}={getattr(self, f.name)}: must be at least {min(f.default, 1)}')
+        D, H, E, groups = self.hidden_size, self.num_attention_heads, self.n_routed_experts, self.n_group
+        head_dim, self.head_dim = self.head_dim, self.head_dim or D // H
+        self.num_key_value_heads = self.num_key_value_heads or H
+        self.intermediate_size = self.intermediate_size or -(-D // 24) * 64
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        rope, reach = 'qk_rope_head_dim' if self.attention == 'mla' else 'head_dim', E // groups * self.topk_group
+        yarn = self.rope_scaling or {'rope_type': 'default'}
+        for name, ok, limit in (
+                ('num_attention_heads', self.attention == 'mla' or head_dim or D % H == 0, f'must divide hidden_size={D}'),
+                ('num_key_value_heads', self.attention == 'mla' or H % self.num_key_value_heads == 0, f'must divide num_attention_heads={H}'),
+                (rope, getattr(self, rope) % 2 == 0, 'must be even, RoPE turns pairs'),
+                ('n_group', groups == 1 or E % groups == 0 and E >= 2 * groups,
+                 f'must divide n_routed_experts={E} into groups of at least 2'),
+                ('topk_group', self.topk_group <= groups, f'must be at most n_group={groups}'),
+                ('num_experts_per_tok', not E or self.num_experts_per_tok <= reach,
+                 f'must be at most {reach}, the experts to choose from (n_routed_experts={E}, n_group={groups})'),
+                ('rope_scaling', yarn.get('rope_type') == 'default' or yarn.get('rope_type') == 'yarn' and yarn.keys() >= {
+                 'factor', 'original_max_position_embeddings'}, "must be rope_type 'yarn' with factor, original_max_position_embeddings")):
+            if not ok:
+                raise ValueError(f'impossible model: {name}={getattr(self, name)}: {limit}')
+
+    def to_hf(self):
+        """The dict of config.json, complete for transformers 4 and 5, vLLM and llama.cpp"""
+        mla, moe, d = self.attention == 'mla', self.n_routed_experts > 0, asdict(self)
+        kind = 'deepseek_v3' if mla else 'nanoseek_linear' if self.attention == 'linear' else 'glm4_moe' if moe else 'llama'
+        for name in {'head_dim'} if mla else MLA_KEYS if moe else MLA_KEYS | MOE_KEYS:
+            del d[name]
+        if mla:
+            d |= {'num_key_value_heads': self.num_attention_heads, 'rope_interleave': True}
+        if mla and not moe:                                  # DeepseekV3's way to be dense: the leading dense layers are all
+            d |= {'first_k_dense_replace': self.num_hidden_layers, 'n_routed_experts': 2}
+        if mla or moe:                                       # what vLLM and llama.cpp ask for
+            d |= {'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}
+        rope = {'rope_theta': self.rope_theta, 'rope_type': 'default', **(self.rope_scaling or {})}
+        if kind == 'glm4_moe':                               # whose default is a half
+            rope['partial_rotary_factor'] = d['partial_rotary_factor'] = 1.0
+        return {**d, **FIXED, 'model_type': kind, 'architectures': [CLASSES[kind]], 'rope_parameters': rope}
+
+    @classmethod
+    def from_hf(cls, d, **overrides):
+        """config.json's dict -> Config. ValueError that names what is missing, or what this model cannot represent"""
+        kind, rope = d.get('model_type'), d.get('rope_parameters') or d.get('rope_scaling') or {}
+        if kind not in CLASSES:
+            raise ValueError(f'config.json: model_type={kind!r}: must be one of {", ".join(CLASSES)}')
+        d = {'partial_rotary_factor': 0.5 if kind == 'glm4_moe' else 1.0, 'tie_word_embeddings': False, **d, **rope}
+        for name, value in ONLY.items():
+            if d.get(name, value) != value:
+                raise ValueError(f'config.json: {name}={d[name]!r}: this model can represent {value!r} only')
+        for name in {'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
+                     'rms_norm_eps', 'max_position_embeddings', 'rope_theta', *(MLA_KEYS if kind == 'deepseek_v3' else ()),
+                     *(MOE_KEYS if kind in ('deepseek_v3', 'glm4_moe') else ())} - {'q_lora_rank'}:
+            if d.get(name) is None:
+                raise ValueError(f'config.json: {name} is missing')
+        if isinstance(d.get('eos_token_id'), list):
+            d['eos_token_id'] = d['eos_token_id'][0]
+        if d.get('first_k_dense_replace', 0) >= d['num_hidden_layers'] and not d.get('num_nextn_predict_layers'):
+            d['n_routed_experts'] = d['first_k_dense_replace'] = 0
+        d['attention'] = {'deepseek_v3': 'mla', 'nanoseek_linear': 'linear'}.get(kind, 'gqa')
+        kind = rope.get('rope_type') or rope.get('type') or 'default'
+        d['rope_scaling'] = {**rope, 'rope_type': kind} if kind != 'default' else None
+        return cls(**{f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None} | overrides)
+
+    def is_moe(self, layer):
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+# ------------------------------------------------------------------------------------------------- RMSNorm and RoPE
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):
+        """Transformer.init_weights does it"""
+
+def yarn_mscale(factor, mscale):
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+def rope_table(config, dim):
+    """-> cos, sin (max_position_embeddings, dim/2) float32. [3]; YaRN [4] where rope_scaling asks for it"""
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
+    scale, yarn = 1.0, config.rope_scaling or {}
+    if yarn.get('rope_type') == 'yarn':
+        factor, length = yarn['factor'], yarn['original_max_position_embeddings']
+        turns = lambda n: dim * math.log(length / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+        low = max(math.floor(turns(yarn.get('beta_fast') or 32)), 0)          # dims below turn often: kept as they are
+        high = min(math.ceil(turns(yarn.get('beta_slow') or 1)), dim - 1)     # dims above turn less than once: stretched
+        ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+        freq = freq / factor * ramp + freq * (1 - ramp)
+        m, m_all = yarn.get('mscale'), yarn.get('mscale_all_dim')
+        scale = yarn_mscale(factor, m) / yarn_mscale(factor, m_all) if m and m_all else yarn_mscale(factor, 1)
+        scale = yarn.get('attention_factor') or scale
+    angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
+    return angle.cos() * scale, angle.sin() * scale
+
+def rotate(x, rope, interleaved):
+    """x (..., T, dr), rope: cos and sin (T, dr/2). DeepSeek turns the pairs (x0, x1), (x2, x3)..., Llama (x_i, x_{i+dr/2});
+    either way the first halves come out first, which no dot product of a query with a key can tell"""
+    cos, sin = rope
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+
+# -------------------------------------------------------------------------------------------- Cache and attentions
+
+class Cache:
+    """What decoding keeps, in buffers of a fixed size: per layer the tensors that its attention names in cache_shapes"""
+    def __init__(self, config, batch, size, dtype, device):
+        self.length, self.size = 0, size
+        shapes = ATTENTION[config.attention].cache_shapes(config, size)
+        self.layers = [[torch.zeros(batch, *s, dtype=dtype, device=device) for s in shapes] for _ in range(config.num_hidden_layers)]
+
+    def extend(self, layer, *new):
+        """Each new (..., T, d) goes behind the cached ones -> (..., S, d)"""
+        end = self.length + new[0].shape[-2]
+        for buffer, x in zip(self.layers[layer], new):
+            buffer[..., self.length:end, :] = x
+        return [buffer[..., :end, :] for buffer in self.layers[layer]]
+
+def attend(q, k, v, scale):
+    """Causal attention. q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv); G divides H.
+    The last query sees the last key, so query t sees keys up to S - T + t"""
+    B, H, T, d = q.shape
+    G, S = k.shape[1:3]
+    if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
+        scores = (q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)             # (B, G, H/G*T, S)
+        if T > 1:
+            future = torch.full((T, S), float('-inf'), dtype=q.dtype, device=q.device).triu(S - T + 1)
+            scores = (scores.view(B, G, H // G, T, S) + future).view(B, G, -1, S)
+        return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, -1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G != H)
+
+class GQA(nn.Module):
+    """Grouped-query attention, as Llama and SmolLM2 have it"""
+    cache_shapes = staticmethod(lambda c, size: [(c.num_key_value_heads, size, c.head_dim)] * 2)
+    flops = staticmethod(lambda c, T: 4 * c.num_attention_heads * c.head_dim * T)   # a token's, forward, without projections
+
+    def __init__(self, c):
+        super().__init__()
+        self.dims = H, G, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj, self.o_proj = Linear(c.hidden_size, H * d), Linear(H * d, c.hidden_size)
+        self.k_proj, self.v_proj = Linear(c.hidden_size, G * d), Linear(c.hidden_size, G * d)
+
+    def forward(self, x, rope, cache=None, layer=None):
+        (B, T, _), (H, G, d) = x.shape, self.dims
+        q = rotate(self.q_proj(x).view(B, T, H, d).transpose(1, 2), rope, interleaved=False)  # (B, H, T, d)
+        k = rotate(self.k_proj(x).view(B, T, G, d).transpose(1, 2), rope, interleaved=False)  # (B, G, T, d)
+        v = self.v_proj(x).view(B, T, G, d).transpose(1, 2)                                   # (B, G, T, d)
+        return self.o_proj(self.mix(q, k, v, cache, layer).transpose(1, 2).reshape(B, T, H * d))
+
+    def mix(self, q, k, v, cache, layer):
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                                                # (B, G, S, d)
+        return attend(q, k, v, self.dims[-1] ** -0.5)
+
+class LinearAttention(GQA):
+    """The feature map elu + 1 in the place of the softmax [5]: all that is kept of the past is a matrix per head"""
+    cache_shapes = staticmethod(lambda c, size: [(c.num_attention_heads, c.head_dim, c.head_dim + 1)])
+    flops = staticmethod(lambda c, T: 2 * c.num_attention_heads * (min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))
+
+    def mix(self, q, k, v, cache, layer):
+        H, G, d = self.dims
+        q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()                     # positive weights
+        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)               # (B, H, T, d)
+        state = q.new_zeros(len(q), H, d, d + 1) if cache is None else cache.layers[layer][0].float()
+        with torch.autocast(q.device.type, enabled=False):   # sums over the whole past: float32
+            y, state = linear_attention(q, k, v, state)
+        if cache is not None:
+            cache.layers[layer][0] = state
+        return y.to(compute_dtype(self.o_proj.weight))
+
+def linear_attention(q, k, v, state, chunk=64):
+    """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12
+    q, k, v (B, H, T, d), q and k positive; state (B, H, d, d+1): the sums over the tokens before -> y (B, H, T, d), state"""
+    T = q.shape[2]
+    C = min(chunk, T)
+    v = F.pad(v, (0, 1), value=1.0)                                                         # a column that sums the weights
+    q, k, v = (F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))        # (B, H, T/C, C, d)
+    states = torch.cat((state[:, :, None], k.transpose(-1, -2) @ v), 2).cumsum(2)           # (B, H, T/C+1, d, d+1)
+    y = q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v                        # earlier chunks + this one
+    y = y.flatten(2, 3)[:, :, :T]
+    return y[..., :-1] / y[..., -1:], states[:, :, -1]
+
+class MLA(nn.Module):
+    """Multi-head latent attention, [1] 2.1.1: keys and values are linear in a latent of R dims. It and one rotated key of dr
+    dims that all heads share are all that is cached"""
+    cache_shapes = staticmethod(lambda c, size: [(size, c.kv_lora_rank), (size, c.qk_rope_head_dim)])
+    flops = staticmethod(lambda c, T: 2 * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * T)
+
+    def __init__(self, c):
+        super().__init__()
+        self.dims = H, dn, dr, dv, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        if c.q_lora_rank:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)    # the latents' norms have this epsilon in every engine
+            self.q_b_proj = Linear(c.q_lora_rank, H * (dn + dr))
+        else:
+            self.q_proj = Linear(c.hidden_size, H * (dn + dr))
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, R + dr)
+        self.kv_a_layernorm = RMSNorm(R, 1e-6)
+        self.kv_b_proj = Linear(R, H * (dn + dv))
+        self.o_proj = Linear(H * dv, c.hidden_size)
+        yarn = c.rope_scaling or {}
+        self.scale = (dn + dr) ** -0.5 * yarn_mscale(yarn.get('factor', 1), yarn.get('mscale_all_dim') or 0) ** 2  # [4]
+
+    def forward(self, x, rope, cache=None, layer=None):
+        (B, T, _), (H, dn, dr, dv, R) = x.shape, self.dims
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, 'q_a_proj') else self.q_proj(x)  # eq. 6, 7
+        q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)         # (B, H, T, dn), (B, H, T, dr)
+        c, k_pe = self.kv_a_proj_with_mqa(x).split((R, dr), -1)                             # (B, T, R), (B, T, dr)
+        c = self.kv_a_layernorm(c)                                                          # eq. 1
+        q_pe, k_pe = rotate(q_pe, rope, interleaved=True), rotate(k_pe, rope, interleaved=True)  # eq. 8, 3
+        if cache is not None:
+            c, k_pe = cache.extend(layer, c, k_pe)                                          # (B, S, R), (B, S, dr)
+        form = self.attend_expanded if c.shape[1] == T else self.attend_absorbed
+        return self.o_proj(form(q_nope, q_pe, c, k_pe).transpose(1, 2).reshape(B, T, H * dv))  # eq. 11
+
+    def attend_expanded(self, q_nope, q_pe, c, k_pe):
+        """Every head's keys and values are made from the latent: fewest FLOPs where there are as many queries as keys"""
+        H, dn, dr, dv, R = self.dims
+        k_nope, v = self.kv_b_proj(c).view(*c.shape[:2], H, dn + dv).transpose(1, 2).split((dn, dv), -1)  # eq. 2, 5
+        k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), -1)                    # eq. 4  (B, H, S, dn+dr)
+        return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale)                      # eq. 9, 10  (B, H, T, dv)
+
+    def attend_absorbed(self, q_nope, q_pe, c, k_pe):
+        """kv_b_proj moves over to the queries and to the result, and the latent itself is the one key and value of all heads:
+        fewest bytes for a few queries on a long cache"""
+        H, dn, dr, dv, R = self.dims
+        w_k, w_v = self.kv_b_proj.weight.to(c.dtype).view(H, dn + dv, R).split((dn, dv), 1)
+        q = torch.cat((q_nope.to(c.dtype) @ w_k, q_pe.to(c.dtype)), -1)                     # (B, H, T, R+dr)
+        k = torch.cat((c, k_pe), -1)[:, None]                                               # (B, 1, S, R+dr)
+        return attend(q, k, c[:, None], self.scale) @ w_v.transpose(1, 2)                   # (B, H, T, dv)
+
+ATTENTION = {'gqa': GQA, 'mla': MLA, 'linear': LinearAttention}
+
+# -------------------------------------------------------------------------------------------- MLP, Router, Experts
+
+class MLP(nn.Module):
+    """SwiGLU"""
+    def __init__(self, dim, width):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = Linear(dim, width), Linear(dim, width), Linear(width, dim)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+class Router(nn.Module):
+    """Chooses K of E experts for every token; float32 throughout, also under autocast and in a bfloat16 model"""
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.register_buffer('e_score_correction_bias', torch.zeros(c.n_routed_experts))
+
+    def forward(self, x):
+        """x (N, D) -> weights (N, K) float32, expert ids (N, K), affinities (N, E) float32. eq. 12-16"""
+        c, E = self.config, self.config.n_routed_experts
+        with torch.autocast(x.device.type, enabled=False):
+            affinity = F.linear(x.float(), self.weight.float()).sigmoid()                   # eq. 15
+        with torch.no_grad():
+            choice = affinity + self.e_score_correction_bias                                # eq. 16: the bias only chooses
+            if c.n_group > 1:
+                groups = choice.view(-1, c.n_group, E // c.n_group)                         # a group is worth its best two
+                best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
+                out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+                choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
+            ids = choice.topk(c.num_experts_per_tok, -1).indices
+        weights = affinity.gather(1, ids)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # eq. 13
+        return weights * c.routed_scaling_factor, ids, affinity
+
+def compute_dtype(x):
+    """What autocast would cast x to; for the operations that it doesn't know"""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+def grouped_linear(x, weight, ends):
+    """x (M, in) sorted by expert, weight (E, out, in), ends (E,) int32: where each expert's rows end -> (M, out)"""
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if aligned and x.device.type in ('cpu', 'cuda') and (x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return torch.cat([F.linear(rows, w) for rows, w in zip(x.tensor_split(ends[:-1].cpu().long()), weight)])
+
+class Permute(torch.autograd.Function):
+    """x[index], where inverse (len(x), copies) says where each row went: so the gradient is a gather as well.
+    (Autograd's own adds into rows, which is slow on a CPU and in no fixed order on a GPU)"""
+    @staticmethod
+    def forward(ctx, x, index, inverse):
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, = ctx.saved_tensors
+        return sum(grad.index_select(0, copy) for copy in inverse.unbind(1)), None, None
+
+class Experts(nn.Module):
+    """E SwiGLUs in stacked parameters. No token is dropped and no capacity is set"""
+    def __init__(self, c):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
+
+    def forward(self, x, weights, ids):
+        """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D), load (E,)"""
+        (N, K), E, dtype = ids.shape, len(self.down_proj), compute_dtype(x)
+        expert, order = ids.flatten().sort(stable=True)                                     # rows in order of their expert
+        ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
+        load = ends.diff(prepend=ends.new_zeros(1))
+        pad = 64 if x.device.type == 'cpu' and N * K > 64 * E else 1     # a CPU's matmul is compiled for every new number of
+        M = (N * K + E * (pad - 1)) // pad * pad                         # rows: leave few of them, by gaps between the experts
+        starts = (load + pad - 1) // pad * pad
+        gap_ends = starts.cumsum(0)
+        slot = torch.arange(N * K, device=x.device) + (gap_ends - starts - ends + load)[expert]
+        gap_ends[-1] = M
+        inverse = torch.empty_like(order).scatter_(0, order, slot)
+        source = order.new_zeros(M).scatter_(0, slot, order)                                # a gap holds token 0, at weight 0
+        weights = weights.new_zeros(M).scatter(0, slot, weights.flatten()[order])
+        rows = Permute.apply(x.to(dtype), source // K, inverse.view(N, K))                  # (M, D)
+        gate, up = grouped_linear(rows, self.gate_up_proj.to(dtype), gap_ends.int()).chunk(2, -1)  # (M, I) each
+        rows = F.silu(gate) * up * weights.to(dtype)[:, None]                               # weighted while they are narrow
+        rows = grouped_linear(rows, self.down_proj.to(dtype), gap_ends.int())               # (M, D)
+        y = Permute.apply(rows, inverse, source[:, None]).view(N, K, -1)                    # in order of the tokens again
+        return sum(y.unbind(1)), load
+
+class MoE(nn.Module):
+    """Shared and routed experts. eq. 12"""
+    def __init__(self, c):
+        super().__init__()
+        self.alpha = c.seq_aux_loss_weight
+        self.gate, self.experts = Router(c), Experts(c)
+        self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts)   # of width 0 where none
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D), (load (E,), balance loss)"""
+        rows = x.flatten(0, 1)
+        weights, ids, affinity = self.gate(rows)
+        y, load = self.experts(rows, weights, ids)
+        y = self.shared_experts(x) + y.view(x.shape)
+        wanted = self.training and self.alpha > 0
+        return y, (load, self.balance_loss(affinity, ids, len(x)) if wanted else affinity.new_zeros(()))
+
+    def balance_loss(self, affinity, ids, B):
+        """affinity (N, E), ids (N, K) -> the sequence-wise balance loss, mean over the B sequences. eq. 17-20"""
+        E, K, T = affinity.shape[1], ids.shape[1], len(ids) // B
+        chosen = torch.zeros_like(affinity).scatter(1, ids, 1.0).view(B, T, E).sum(1)       # (B, E)
+        f = chosen * E / (K * T)                                                            # eq. 18
+        p = (affinity / affinity.sum(-1, keepdim=True)).view(B, T, E).mean(1)               # eq. 19, 20
+        return self.alpha * (f * p).sum(-1).mean()                                          # eq. 17
+
+# ---------------------------------------------------------------------------------------------------- Block and MTP
+
+class Block(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = ATTENTION[c.attention](c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MoE(c) if c.is_moe(layer) else MLP(c.hidden_size, c.intermediate_size)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, rope, cache=None, layer=None):
+        """x (B, T, D) -> (B, T, D), stats: (load, balance loss) of an MoE layer, else none"""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, layer))
+        y = self.mlp(self.post_attention_layernorm(x))
+        y, stats = y if isinstance(self.mlp, MoE) else (y, None)
+        return x + self.dropout(y), stats
+
+class MTP(Block):
+    """A further block that predicts one token further. [1] 2.2; embedding first in eh_proj, as in the published weights"""
+    def __init__(self, c, layer):
+        super().__init__(c, layer)
+        self.enorm, self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps), RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
+        self.shared_head = nn.ModuleDict({'norm': RMSNorm(c.hidden_size, c.rms_norm_eps)})
+
+    def forward(self, h, embedded, rope):
+        """h (B, T, D) of the depth before, after its final norm; embedded (B, T, D) the next tokens -> (B, T, D), stats"""
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1))              # eq. 21
+        x, stats = super().forward(x, rope)                                                 # eq. 22
+        return self.shared_head['norm'](x), stats
+
+# ------------------------------------------------------------------------------------------------------ Transformer
+
+def cross_entropy(h, weight, targets):
+    """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean loss in nats, float32. In chunks of rows whose logits
+    are made again in the backward pass, so that they are never all in memory"""
+    rows, total = max(2**26 // len(weight), 256), 0.0
+
+    def chunk_loss(h, targets):
+        return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-100, reduction='sum')
+    for chunk in zip(h.split(rows), targets.split(rows)):
+        total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if len(h) > rows else chunk_loss(*chunk))
+    return total / (targets != -100).sum().clamp(min=1)
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        """config: a Config with vocab_size set. Parameters are initialised from torch's global random numbers"""
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError('impossible model: vocab_size=0: must be at least 1')
+        self.config, self.gradient_checkpointing, self.losses = config, False, {}
+        self.dropout = nn.Dropout(config.dropout)
+        L, D = config.num_hidden_layers, config.hidden_size
+        self.model = nn.ModuleDict({
+            'embed_tokens': nn.Embedding(config.vocab_size, D),
+            'layers': nn.ModuleList([Block(config, i) for i in range(L)] +
+                                    [MTP(config, L + k) for k in range(config.num_nextn_predict_layers)]),
+            'norm': RMSNorm(D, config.rms_norm_eps)})
+        self.lm_head = Linear(D, config.vocab_size)
+        self.tie_weights()
+        self.moe_layers = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+        self.init_buffers()
+        self.init_weights()
+
+    def init_buffers(self):
+        """RoPE's table, and expert_load (MoE layers, E): tokens per expert since the last update of the biases"""
+        c, device = self.config, self.lm_head.weight.device
+        table = rope_table(c, c.qk_rope_head_dim if c.attention == 'mla' else c.head_dim)
+        self.register_buffer('rope', torch.stack(table).to(device), persistent=False)       # (2, positions, dr/2)
+        load = torch.zeros(len(self.moe_layers), c.n_routed_experts, dtype=torch.int64, device=device)
+        self.register_buffer('expert_load', load, persistent=False)
+
+    def tie_weights(self):
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self):
+        """Normal with initializer_range; what adds to the residual stream less, by the number of additions (as in GPT-2)"""
+        std, residual_std = (self.config.initializer_range / n for n in (1, (2 * self.config.num_hidden_layers) ** 0.5))
+        for name, p in self.named_parameters():
+            if 'norm' not in name:
+                nn.init.normal_(p, std=residual_std if 'o_proj' in name or 'down_proj' in name else std)
+
+    def _apply(self, fn, recurse=True):
+        """.to(bfloat16) is for the parameters: rounded, the routers' biases and RoPE's angles would be other ones"""
+        kept = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if not b.is_meta]
+        super()._apply(fn, recurse)
+        for m, name, b in kept:
+            m._buffers[name] = b.to(m._buffers[name].device)
+        self.tie_weights()
+        return self
+
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> states after the final norm (B, T, D), stats of the MoE layers, RoPE's table for these positions"""
+        c, past, T = self.config, cache.length if cache is not None else 0, idx.shape[1]
+        if past + T > c.max_position_embeddings:
+            raise ValueError(f'{past + T} tokens, but the context is max_position_embeddings={c.max_position_embeddings}')
+        x, rope, stats = self.dropout(self.model.embed_tokens(idx)), self.rope[:, past:past + T], []
+        for i, layer in enumerate(self.model.layers[:c.num_hidden_layers]):
+            x, s = self.run(layer, x, rope, cache, i)                                       # (B, T, D)
+            stats.append(s)
+        if cache is not None:
+            cache.length += T
+        return self.model.norm(x), stats, rope
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64 -> logits (B, T, V) float32, None. With targets (B, T), -100 ignored -> None, loss: the mean next-token
+        loss in nats; in training with MTP's and the balance loss on top (self.losses has the parts)"""
+        h, stats, rope = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(h).float(), None
+        loss = cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        if not self.training:
+            return None, loss
+        self.losses = {'main': loss.detach()}
+        if self.config.num_nextn_predict_layers:
+            mtp = self.mtp_loss(h, targets, rope, stats)
+            self.losses['mtp'] = mtp.detach()
+            loss = loss + self.config.mtp_loss_weight * mtp
+        if self.moe_layers:
+            loads, balances = map(torch.stack, zip(*(s for s in stats if s is not None)))   # (layers, E), (layers,)
+            self.expert_load += loads        # here, not in the layer: a recomputed layer would count twice
+            self.losses['balance'] = balances.sum().detach()
+            loss = loss + balances.sum()
+        return None, loss
+
+    def run(self, layer, *args):
+        again = self.gradient_checkpointing and self.training
+        return checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+
+    def mtp_loss(self, h, targets, rope, stats):
+        """Depth k sees the states h_i and the tokens t_{i+k} and predicts t_{i+k+1}; targets_i is t_{i+1}. eq. 21-25"""
+        layers, losses = self.model.layers[self.config.num_hidden_layers:], []
+        for k, layer in enumerate(layers, 1):
+            T = targets.shape[1] - k
+            embedded = self.model.embed_tokens(targets[:, k - 1:-1].clamp(min=0))           # (B, T, D)
+            h, s = self.run(layer, h[:, :T], embedded, rope[:, :T])
+            stats.append(s)
+            losses.append(cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten()))  # eq. 24
+        return sum(losses) / len(layers)                                                    # eq. 25
+
+    @torch.no_grad()
+    def update_router_bias(self, load):
+        """Loss-free balancing, once an optimizer step. load (MoE layers, E): expert_load summed over ranks. [2] algorithm 1"""
+        load = load.float()
+        step = self.config.bias_update_speed * torch.sign(load.mean(1, keepdim=True) - load)
+        for mlp, s in zip(self.moe_layers, step - step.mean(1, keepdim=True)):              # the mean moves no choice: without
+            mlp.gate.e_score_correction_bias += s                                           # it nothing drifts
+
+    # ------------------------------------------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None):
+        """idx (B, T) -> yields the next tokens (B, 1), max_new_tokens times. When the context is full, it goes on from its
+        last half. temperature 0: the likeliest; top_k: among the k likeliest; top_p: among those that make up p"""
+        room = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings)
+        cache, new = None, idx
+        for _ in range(max_new_tokens):
+            if cache is None or cache.length == room:
+                new = idx if cache is None else idx[:, -(room + 1) // 2:]
+                cache = Cache(self.config, len(idx), room, compute_dtype(self.lm_head.weight), idx.device)
+            logits = self.lm_head(self.hidden(new, cache)[0][:, -1]).float()                # (B, V)
+            new = sample(logits, temperature, top_k, top_p)
+            idx = torch.cat((idx, new), 1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=None):
+        """idx (B, T) -> (B, T + new): max_new_tokens, fewer where every row has reached the token id `stop`, which then repeats"""
+        out, done = [idx], torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p):
+            out.append(new if stop is None else new.masked_fill(done, stop))
+            done |= out[-1] == stop if stop is not None else done
+            if done.all():
+                break
+        return torch.cat(out, 1)
+
+    # ------------------------------------------------------------------------------------------------------- files
+
+    def named_views(self):
+        """(name on disk, view of our tensor): what save_pretrained writes and from_pretrained fills"""
+        for name, t in self.state_dict().items():
+            stem, _, kind = name.rpartition('.')
+            if stem.endswith('mlp.experts'):
+                for e, w in enumerate(t):
+                    parts = zip(('gate_proj', 'up_proj'), w.chunk(2)) if kind == 'gate_up_proj' else [(kind, w)]
+                    yield from ((f'{stem}.{e}.{part}.weight', view) for part, view in parts)
+            elif name != 'lm_head.weight' or not self.config.tie_word_embeddings:
+                yield name, t
+
+    def save_pretrained(self, directory, dtype=None, shard_bytes=5e9):
+        """A native Hugging Face model: config.json and model.safetensors, in shards with an index above shard_bytes.
+        dtype: of the weights on disk, theirs by default; the routers' biases stay float32"""
+        from huggingface_hub import split_torch_state_dict_into_shards
+        from safetensors.torch import save_file
+        directory, dtype, L = Path(directory), dtype or self.lm_head.weight.dtype, self.config.num_hidden_layers
+        directory.mkdir(parents=True, exist_ok=True)
+        views = dict(self.named_views())
+        for k in range(L, len(self.model.layers)):           # published MTP layers bring the embedding and the head along
+            views[f'model.layers.{k}.embed_tokens.weight'] = self.model.embed_tokens.weight.detach()
+            views[f'model.layers.{k}.shared_head.head.weight'] = self.lm_head.weight.detach()
+        dtypes = {name: t.dtype if name.endswith('bias') else dtype for name, t in views.items()}
+        plan = split_torch_state_dict_into_shards({name: torch.empty_like(t, dtype=dtypes[name], device='meta') for name, t in
+                                                   views.items()}, max_shard_size=int(shard_bytes))
+        for file, names in plan.filename_to_tensors.items():
+            save_file({n: views[n].to('cpu', dtypes[n], copy=True).contiguous() for n in names}, directory / file, {'format': 'pt'})
+        if plan.is_sharded:
+            index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
+            (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
+        config = self.config.to_hf() | {'dtype': str(dtype).split('.')[-1], 'torch_dtype': str(dtype).split('.')[-1]}
+        (directory / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=torch.float32, **overrides):
+        """A Llama, Glm4Moe or DeepseekV3 folder, or one of ours; overrides: fields of Config. One copy in memory"""
+        from safetensors import SafetensorError, safe_open
+        directory = Path(directory)
+        config = Config.from_hf(json.loads((directory / 'config.json').read_text(encoding='utf-8')), **overrides)
+        index = directory / 'model.safetensors.index.json'
+        files = set(json.loads(index.read_text())['weight_map'].values()) if index.exists() else ['model.safetensors']
+        try:
+            files = [safe_open(directory / Path(file).name, 'pt') for file in files]
+        except SafetensorError as e:
+            raise ValueError(f'{directory}: a safetensors file is damaged: {e}') from e
+        where = {name: f for f in files for name in f.keys()}
+        if config.num_nextn_predict_layers and f'model.layers.{config.num_hidden_layers}.eh_proj.weight' not in where:
+            print(f'{directory}: config.json promises MTP layers that the files lack: loaded without them')
+            config = replace(config, num_nextn_predict_layers=0)
+        with torch.device('meta'):
+            model = cls(config)
+        model.to(dtype).to_empty(device='cpu').init_buffers()
+        for name, view in model.named_views():
+            found = tuple(where[name].get_slice(name).get_shape()) if name in where else 'missing'
+            if found != tuple(view.shape):
+                raise ValueError(f'{directory}: {name} is {found}, the model wants {tuple(view.shape)}')
+            view.copy_(where[name].get_tensor(name))
+        return model
+
+    # ------------------------------------------------------------------------------------------------------ counts
+
+    def parameter_table(self):
+        """Counts of parameters: {'total', 'active' (that one token meets), 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp'}"""
+        table = dict.fromkeys(('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp'), 0)
+        for name, p in self.named_parameters():
+            part = ('norms' if 'norm' in name else 'attention' if 'self_attn' in name else
+                    'embedding' if 'embed_tokens' in name or 'lm_head' in name else 'mtp' if 'eh_proj' in name else
+                    'moe' if isinstance(self.model.layers[int(name.split('.')[2])].mlp, MoE) else 'mlp')
+            routed = self.config.num_experts_per_tok / self.config.n_routed_experts if '.experts.' in name else 1
+            for key, n in ((part, p.numel()), ('total', p.numel()), ('active', round(p.numel() * routed))):
+                table[key] += n
+        return table
+
+    def flops_per_token(self, T):
+        """Floating-point operations per token of a training step (forward and backward, the PaLM convention: attention
+        counted as if not causal, nothing recomputed) at context T"""
+        c, table = self.config, self.parameter_table()
+        weights = table['active'] - table['norms'] - table['embedding'] + c.vocab_size * c.hidden_size * (1 + c.num_nextn_predict_layers)
+        return 6 * weights + 3 * len(self.model.layers) * ATTENTION[c.attention].flops(c, T)
+
+    def optimizer_groups(self, weight_decay):
+        """Parameters for AdamW: matrices decay, norms don't"""
+        matrices, others = ([p for p in self.parameters() if (p.dim() > 1) == flag] for flag in (True, False))
+        return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+
+def sample(logits, temperature, top_k=None, top_p=None):
+    """logits (B, V) -> tokens (B, 1)"""
+    if not temperature:
+        return logits.argmax(-1, keepdim=True)
+    logits, ids = (logits / temperature).sort(-1, descending=True)
+    if top_k:
+        logits[:, top_k:] = float('-inf')
+    if top_p is not None:
+        p = logits.softmax(-1)
+        logits[p.cumsum(-1) - p >= top_p] = float('-inf')    # what comes before already makes up top_p
+    return ids.gather(1, logits.softmax(-1).multinomial(1))
