@@ -1,9 +1,8 @@
 """The whole architecture of nanoseek: a DeepSeek-V3 style language model, and the Llama style one it grew out of.
 
-References; "eq. 12" in a comment is that of [1]
+References; an "eq. 12" in a comment is that of [1]
   [1] DeepSeek-V3 Technical Report, arXiv 2412.19437v2      [2] Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664
-  [3] RoFormer (RoPE), arXiv 2104.09864                     [4] YaRN, arXiv 2309.00071
-  [5] Transformers are RNNs (linear attention), arXiv 2006.16236
+  [3] RoFormer (RoPE), arXiv 2104.09864     [4] YaRN, arXiv 2309.00071     [5] Linear attention, arXiv 2006.16236
 
 Dims, used in every shape comment
   B  sequences of a batch      T  new tokens of each        S  cached and new tokens     N  rows: B*T tokens
@@ -11,8 +10,7 @@ Dims, used in every shape comment
   d  head_dim                  dn qk_nope_head_dim          dr qk_rope_head_dim          dv v_head_dim
   R  kv_lora_rank              E  routed experts            K  experts per token         I  width of an expert
 
-Parameters carry the names that Hugging Face's Llama, Glm4Moe and DeepseekV3 models give them; only the experts are
-stacked, (E, out, in), and taken apart when they are saved.
+Parameters carry Hugging Face's names (Llama, Glm4Moe, DeepseekV3); the experts are stacked, (E, out, in), until saved.
 """
 import json, math
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,7 +23,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------------- Config
-
+KEYS = {'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'rms_norm_eps',
+        'max_position_embeddings', 'rope_theta'}             # without which a config.json is refused
 MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
 MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok', 'moe_intermediate_size',
             'first_k_dense_replace', 'n_group', 'topk_group', 'norm_topk_prob', 'routed_scaling_factor'}
@@ -76,42 +75,40 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if f.type is int and getattr(self, f.name) < min(f.default, 1):
-                raise ValueError(f'impossible model: {f.name}={getattr(self, f.name)}: must be at least {min(f.default, 1)}')
+            if f.type is int and (value := getattr(self, f.name)) < (least := min(f.default, 1)):
+                raise ValueError(f'impossible model: {f.name}={value}: must be at least {least}')
         D, H, E, groups = self.hidden_size, self.num_attention_heads, self.n_routed_experts, self.n_group
-        head_dim, self.head_dim = self.head_dim, self.head_dim or D // H
-        self.num_key_value_heads = self.num_key_value_heads or H
+        mla, width, reach = self.attention == 'mla', self.head_dim or D / H, E // groups * self.topk_group
+        self.head_dim, self.num_key_value_heads = int(width), self.num_key_value_heads or H
         self.intermediate_size = self.intermediate_size or -(-D // 24) * 64
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
-        rope, reach = 'qk_rope_head_dim' if self.attention == 'mla' else 'head_dim', E // groups * self.topk_group
-        yarn = self.rope_scaling or {'rope_type': 'default'}
+        rope, yarn, K = 'qk_rope_head_dim' if mla else 'head_dim', self.rope_scaling or {}, self.num_experts_per_tok
+        complete = yarn.get('rope_type') == 'yarn' and 'factor' in yarn and 'original_max_position_embeddings' in yarn
         for name, ok, limit in (
-                ('num_attention_heads', self.attention == 'mla' or head_dim or D % H == 0, f'must divide hidden_size={D}'),
-                ('num_key_value_heads', self.attention == 'mla' or H % self.num_key_value_heads == 0, f'must divide num_attention_heads={H}'),
+                ('num_attention_heads', mla or width % 1 == 0, f'must divide hidden_size={D}'),
+                ('num_key_value_heads', mla or H % self.num_key_value_heads == 0, f'must divide {H} query heads'),
                 (rope, getattr(self, rope) % 2 == 0, 'must be even, RoPE turns pairs'),
-                ('n_group', groups == 1 or E % groups == 0 and E >= 2 * groups,
-                 f'must divide n_routed_experts={E} into groups of at least 2'),
+                ('n_group', not E or groups == 1 or E % groups == 0 < E // groups - 1, f'must divide {E} experts'),
                 ('topk_group', self.topk_group <= groups, f'must be at most n_group={groups}'),
-                ('num_experts_per_tok', not E or self.num_experts_per_tok <= reach,
-                 f'must be at most {reach}, the experts to choose from (n_routed_experts={E}, n_group={groups})'),
-                ('rope_scaling', yarn.get('rope_type') == 'default' or yarn.get('rope_type') == 'yarn' and yarn.keys() >= {
-                 'factor', 'original_max_position_embeddings'}, "must be rope_type 'yarn' with factor, original_max_position_embeddings")):
+                ('num_experts_per_tok', not E or K <= reach, f'must be at most {reach}, the routed experts in reach'),
+                ('q_lora_rank', (self.q_lora_rank or 1) > 0, 'must be at least 1, or none'),
+                ('rope_scaling', not yarn or complete, 'must be yarn, with factor, original_max_position_embeddings')):
             if not ok:
                 raise ValueError(f'impossible model: {name}={getattr(self, name)}: {limit}')
 
     def to_hf(self):
         """The dict of config.json, complete for transformers 4 and 5, vLLM and llama.cpp"""
         mla, moe, d = self.attention == 'mla', self.n_routed_experts > 0, asdict(self)
-        kind = 'deepseek_v3' if mla else 'nanoseek_linear' if self.attention == 'linear' else 'glm4_moe' if moe else 'llama'
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        kind = {'linear': 'nanoseek_linear', 'mla': 'deepseek_v3'}.get(self.attention, 'glm4_moe' if moe else 'llama')
         for name in {'head_dim'} if mla else MLA_KEYS if moe else MLA_KEYS | MOE_KEYS:
             del d[name]
-        if mla:
+        if mla:                                              # a dense one has nothing but leading dense layers
             d |= {'num_key_value_heads': self.num_attention_heads, 'rope_interleave': True}
-        if mla and not moe:                                  # DeepseekV3's way to be dense: the leading dense layers are all
-            d |= {'first_k_dense_replace': self.num_hidden_layers, 'n_routed_experts': 2}
+            d |= {} if moe else {'first_k_dense_replace': layers, 'n_routed_experts': 2}
         if mla or moe:                                       # what vLLM and llama.cpp ask for
             d |= {'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}
-        rope = {'rope_theta': self.rope_theta, 'rope_type': 'default', **(self.rope_scaling or {})}
+        rope = {'rope_type': 'default', **(self.rope_scaling or {}), 'rope_theta': self.rope_theta}
         if kind == 'glm4_moe':                               # whose default is a half
             rope['partial_rotary_factor'] = d['partial_rotary_factor'] = 1.0
         return {**d, **FIXED, 'model_type': kind, 'architectures': [CLASSES[kind]], 'rope_parameters': rope}
@@ -126,78 +123,59 @@ class Config:
         for name, value in ONLY.items():
             if d.get(name, value) != value:
                 raise ValueError(f'config.json: {name}={d[name]!r}: this model can represent {value!r} only')
-        for name in {'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
-                     'rms_norm_eps', 'max_position_embeddings', 'rope_theta', *(MLA_KEYS if kind == 'deepseek_v3' else ()),
-                     *(MOE_KEYS if kind in ('deepseek_v3', 'glm4_moe') else ())} - {'q_lora_rank'}:
-            if d.get(name) is None:
-                raise ValueError(f'config.json: {name} is missing')
-        if isinstance(d.get('eos_token_id'), list):
-            d['eos_token_id'] = d['eos_token_id'][0]
-        if d.get('first_k_dense_replace', 0) >= d['num_hidden_layers'] and not d.get('num_nextn_predict_layers'):
+        needed = {'llama': KEYS, 'glm4_moe': KEYS | MOE_KEYS, 'deepseek_v3': KEYS | MOE_KEYS | MLA_KEYS}.get(kind, KEYS)
+        if missing := [name for name in sorted(needed - {'q_lora_rank'}) if d.get(name) is None]:
+            raise ValueError(f'config.json: {missing[0]} is missing')
+        d['eos_token_id'] = eos[0] if isinstance(eos := d.get('eos_token_id'), list) else eos
+        if d.get('first_k_dense_replace', 0) >= d['num_hidden_layers'] + d.get('num_nextn_predict_layers', 0):
             d['n_routed_experts'] = d['first_k_dense_replace'] = 0
         d['attention'] = {'deepseek_v3': 'mla', 'nanoseek_linear': 'linear'}.get(kind, 'gqa')
         kind = rope.get('rope_type') or rope.get('type') or 'default'
+        rope = {k: v for k, v in rope.items() if k not in ('rope_theta', 'partial_rotary_factor', 'type')}
         d['rope_scaling'] = {**rope, 'rope_type': kind} if kind != 'default' else None
         return cls(**{f.name: d[f.name] for f in fields(cls) if d.get(f.name) is not None} | overrides)
 
-    def is_moe(self, layer):
-        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
-
 # ------------------------------------------------------------------------------------------------- RMSNorm and RoPE
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
 class Linear(nn.Linear):
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self):
-        """Transformer.init_weights does it"""
+    reset_parameters = lambda self: None                     # Transformer.init_weights does it
 
 def yarn_mscale(factor, mscale):
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 def rope_table(config, dim):
-    """-> cos, sin (max_position_embeddings, dim/2) float32. [3]; YaRN [4] where rope_scaling asks for it"""
+    """-> cosines and sines (2, max_position_embeddings, dim/2) float32. [3]; YaRN [4] where rope_scaling asks for it"""
     freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2).float() / dim)
     scale, yarn = 1.0, config.rope_scaling or {}
     if yarn.get('rope_type') == 'yarn':
         factor, length = yarn['factor'], yarn['original_max_position_embeddings']
         turns = lambda n: dim * math.log(length / (n * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        low = max(math.floor(turns(yarn.get('beta_fast') or 32)), 0)          # dims below turn often: kept as they are
-        high = min(math.ceil(turns(yarn.get('beta_slow') or 1)), dim - 1)     # dims above turn less than once: stretched
+        low = max(math.floor(turns(yarn.get('beta_fast') or 32)), 0)        # dims below turn often: kept as they are
+        high = min(math.ceil(turns(yarn.get('beta_slow') or 1)), dim - 1)   # dims above hardly turn: stretched
         ramp = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
         freq = freq / factor * ramp + freq * (1 - ramp)
-        m, m_all = yarn.get('mscale'), yarn.get('mscale_all_dim')
-        scale = yarn_mscale(factor, m) / yarn_mscale(factor, m_all) if m and m_all else yarn_mscale(factor, 1)
-        scale = yarn.get('attention_factor') or scale
+        m_all = yarn.get('mscale') and yarn.get('mscale_all_dim') or 0      # both or none
+        m = yarn['mscale'] if m_all else 1
+        scale = yarn.get('attention_factor') or yarn_mscale(factor, m) / yarn_mscale(factor, m_all)
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
-    return angle.cos() * scale, angle.sin() * scale
+    return torch.stack((angle.cos(), angle.sin())) * scale
 
 def rotate(x, rope, interleaved):
-    """x (..., T, dr), rope: cos and sin (T, dr/2). DeepSeek turns the pairs (x0, x1), (x2, x3)..., Llama (x_i, x_{i+dr/2});
-    either way the first halves come out first, which no dot product of a query with a key can tell"""
+    """x (..., T, dr), rope (2, T, dr/2). DeepSeek turns the pairs (x0, x1), (x2, x3)..., Llama (x_i, x_{i+dr/2})"""
     cos, sin = rope
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)    # in whatever order, for q and k alike
 
 # -------------------------------------------------------------------------------------------- Cache and attentions
-
 class Cache:
-    """What decoding keeps, in buffers of a fixed size: per layer the tensors that its attention names in cache_shapes"""
-    def __init__(self, config, batch, size, dtype, device):
-        self.length, self.size = 0, size
-        shapes = ATTENTION[config.attention].cache_shapes(config, size)
-        self.layers = [[torch.zeros(batch, *s, dtype=dtype, device=device) for s in shapes] for _ in range(config.num_hidden_layers)]
+    """What decoding keeps: buffers of a fixed size, per layer those that its attention names in cache_shapes"""
+    def __init__(self, c, batch, size, dtype, device):
+        self.length, shapes = 0, ATTENTION[c.attention].cache_shapes(c, size)
+        buffers = lambda: [torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in shapes]
+        self.layers = [buffers() for _ in range(c.num_hidden_layers)]
 
-    def extend(self, layer, *new):
-        """Each new (..., T, d) goes behind the cached ones -> (..., S, d)"""
+    def extend(self, layer, *new):                           # each (..., T, d) behind the cached ones -> (..., S, d)
         end = self.length + new[0].shape[-2]
         for buffer, x in zip(self.layers[layer], new):
             buffer[..., self.length:end, :] = x
@@ -206,20 +184,20 @@ class Cache:
 def attend(q, k, v, scale):
     """Causal attention. q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv); G divides H.
     The last query sees the last key, so query t sees keys up to S - T + t"""
-    B, H, T, d = q.shape
-    G, S = k.shape[1:3]
+    (B, H, T, d), (G, S), dv = q.shape, k.shape[1:3], v.shape[-1]
     if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
         scores = (q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)             # (B, G, H/G*T, S)
         if T > 1:
             future = torch.full((T, S), float('-inf'), dtype=q.dtype, device=q.device).triu(S - T + 1)
             scores = (scores.view(B, G, H // G, T, S) + future).view(B, G, -1, S)
-        return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, -1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G != H)
+        return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, dv)
+    v = F.pad(v, (0, max(d - dv, 0)))                        # flash kernels want one head size for all three
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G != H)[..., :dv]
 
 class GQA(nn.Module):
     """Grouped-query attention, as Llama and SmolLM2 have it"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_key_value_heads, size, c.head_dim)] * 2)
-    flops = staticmethod(lambda c, T: 4 * c.num_attention_heads * c.head_dim * T)   # a token's, forward, without projections
+    flops = staticmethod(lambda c, T: c.num_attention_heads * 4 * c.head_dim * T)   # of a token, without projections
 
     def __init__(self, c):
         super().__init__()
@@ -242,7 +220,8 @@ class GQA(nn.Module):
 class LinearAttention(GQA):
     """The feature map elu + 1 in the place of the softmax [5]: all that is kept of the past is a matrix per head"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_attention_heads, c.head_dim, c.head_dim + 1)])
-    flops = staticmethod(lambda c, T: 2 * c.num_attention_heads * (min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))
+    flops = staticmethod(lambda c, T: c.num_attention_heads * 2 * (
+        min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))              # the chunk, the state
 
     def mix(self, q, k, v, cache, layer):
         H, G, d = self.dims
@@ -257,42 +236,41 @@ class LinearAttention(GQA):
 
 def linear_attention(q, k, v, state, chunk=64):
     """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12
-    q, k, v (B, H, T, d), q and k positive; state (B, H, d, d+1): the sums over the tokens before -> y (B, H, T, d), state"""
-    T = q.shape[2]
-    C = min(chunk, T)
-    v = F.pad(v, (0, 1), value=1.0)                                                         # a column that sums the weights
+    q, k, v (B, H, T, d), q, k positive, state (B, H, d, d+1) the sums over tokens before -> y (B, H, T, d), state"""
+    T, C = q.shape[2], min(chunk, q.shape[2])
+    v = F.pad(v, (0, 1), value=1.0)                                                    # a column that sums the weights
     q, k, v = (F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))        # (B, H, T/C, C, d)
     states = torch.cat((state[:, :, None], k.transpose(-1, -2) @ v), 2).cumsum(2)           # (B, H, T/C+1, d, d+1)
-    y = q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v                        # earlier chunks + this one
-    y = y.flatten(2, 3)[:, :, :T]
+    y = (q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v).flatten(2, 3)[:, :, :T]  # earlier chunks, this
     return y[..., :-1] / y[..., -1:], states[:, :, -1]
 
 class MLA(nn.Module):
-    """Multi-head latent attention, [1] 2.1.1: keys and values are linear in a latent of R dims. It and one rotated key of dr
-    dims that all heads share are all that is cached"""
+    """Multi-head latent attention [1] 2.1.1: all that is cached is a latent of R dims and one rotated key"""
     cache_shapes = staticmethod(lambda c, size: [(size, c.kv_lora_rank), (size, c.qk_rope_head_dim)])
-    flops = staticmethod(lambda c, T: 2 * c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) * T)
+    flops = staticmethod(lambda c, T: 2 * T * c.num_attention_heads * (
+        c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim))
 
     def __init__(self, c):
         super().__init__()
-        self.dims = H, dn, dr, dv, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+        H, dn, dr, dv, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
         if c.q_lora_rank:
             self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(c.q_lora_rank, 1e-6)    # the latents' norms have this epsilon in every engine
+            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, 1e-6)  # the latents' norms have this epsilon in every engine
             self.q_b_proj = Linear(c.q_lora_rank, H * (dn + dr))
         else:
             self.q_proj = Linear(c.hidden_size, H * (dn + dr))
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, R + dr)
-        self.kv_a_layernorm = RMSNorm(R, 1e-6)
+        self.kv_a_layernorm = nn.RMSNorm(R, 1e-6)
         self.kv_b_proj = Linear(R, H * (dn + dv))
         self.o_proj = Linear(H * dv, c.hidden_size)
-        yarn = c.rope_scaling or {}
+        self.dims, yarn = (H, dn, dr, dv, R), c.rope_scaling or {}
         self.scale = (dn + dr) ** -0.5 * yarn_mscale(yarn.get('factor', 1), yarn.get('mscale_all_dim') or 0) ** 2  # [4]
 
     def forward(self, x, rope, cache=None, layer=None):
         (B, T, _), (H, dn, dr, dv, R) = x.shape, self.dims
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if hasattr(self, 'q_a_proj') else self.q_proj(x)  # eq. 6, 7
-        q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)         # (B, H, T, dn), (B, H, T, dr)
+        full_rank = hasattr(self, 'q_proj')
+        q = self.q_proj(x) if full_rank else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # eq. 6, 7
+        q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)      # (B, H, T, dn), (B, H, T, dr)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((R, dr), -1)                             # (B, T, R), (B, T, dr)
         c = self.kv_a_layernorm(c)                                                          # eq. 1
         q_pe, k_pe = rotate(q_pe, rope, interleaved=True), rotate(k_pe, rope, interleaved=True)  # eq. 8, 3
@@ -302,15 +280,14 @@ class MLA(nn.Module):
         return self.o_proj(form(q_nope, q_pe, c, k_pe).transpose(1, 2).reshape(B, T, H * dv))  # eq. 11
 
     def attend_expanded(self, q_nope, q_pe, c, k_pe):
-        """Every head's keys and values are made from the latent: fewest FLOPs where there are as many queries as keys"""
+        """Every head's keys and values are made from the latent: fewest FLOPs for as many queries as keys"""
         H, dn, dr, dv, R = self.dims
         k_nope, v = self.kv_b_proj(c).view(*c.shape[:2], H, dn + dv).transpose(1, 2).split((dn, dv), -1)  # eq. 2, 5
         k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), -1)                    # eq. 4  (B, H, S, dn+dr)
         return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale)                      # eq. 9, 10  (B, H, T, dv)
 
     def attend_absorbed(self, q_nope, q_pe, c, k_pe):
-        """kv_b_proj moves over to the queries and to the result, and the latent itself is the one key and value of all heads:
-        fewest bytes for a few queries on a long cache"""
+        """kv_b_proj moves to queries and result, the latent is the one key and value of all heads: fewest bytes"""
         H, dn, dr, dv, R = self.dims
         w_k, w_v = self.kv_b_proj.weight.to(c.dtype).view(H, dn + dv, R).split((dn, dv), 1)
         q = torch.cat((q_nope.to(c.dtype) @ w_k, q_pe.to(c.dtype)), -1)                     # (B, H, T, R+dr)
@@ -320,13 +297,10 @@ class MLA(nn.Module):
 ATTENTION = {'gqa': GQA, 'mla': MLA, 'linear': LinearAttention}
 
 # -------------------------------------------------------------------------------------------- MLP, Router, Experts
-
-class MLP(nn.Module):
-    """SwiGLU"""
+class MLP(nn.Module):                                        # SwiGLU
     def __init__(self, dim, width):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = Linear(dim, width), Linear(dim, width), Linear(width, dim)
-
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -344,9 +318,9 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()                   # eq. 15
         with torch.no_grad():
-            choice = affinity + self.e_score_correction_bias                                # eq. 16: the bias only chooses
+            choice = affinity + self.e_score_correction_bias                            # eq. 16: the bias only chooses
             if c.n_group > 1:
-                groups = choice.view(-1, c.n_group, E // c.n_group)                         # a group is worth its best two
+                groups = choice.view(-1, c.n_group, E // c.n_group)                     # a group is worth its best two
                 best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
                 out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
                 choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
@@ -358,13 +332,12 @@ class Router(nn.Module):
 
 def compute_dtype(x):
     """What autocast would cast x to; for the operations that it doesn't know"""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 def grouped_linear(x, weight, ends):
     """x (M, in) sorted by expert, weight (E, out, in), ends (E,) int32: where each expert's rows end -> (M, out)"""
-    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    if aligned and x.device.type in ('cpu', 'cuda') and (x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()):
+    aligned = x.device.type in ('cpu', 'cuda') and all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    if aligned and (x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     return torch.cat([F.linear(rows, w) for rows, w in zip(x.tensor_split(ends[:-1].cpu().long()), weight)])
 
@@ -375,11 +348,9 @@ class Permute(torch.autograd.Function):
     def forward(ctx, x, index, inverse):
         ctx.save_for_backward(inverse)
         return x.index_select(0, index)
-
     @staticmethod
     def backward(ctx, grad):
-        inverse, = ctx.saved_tensors
-        return sum(grad.index_select(0, copy) for copy in inverse.unbind(1)), None, None
+        return sum(grad.index_select(0, copy) for copy in ctx.saved_tensors[0].unbind(1)), None, None
 
 class Experts(nn.Module):
     """E SwiGLUs in stacked parameters. No token is dropped and no capacity is set"""
@@ -391,23 +362,23 @@ class Experts(nn.Module):
     def forward(self, x, weights, ids):
         """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D), load (E,)"""
         (N, K), E, dtype = ids.shape, len(self.down_proj), compute_dtype(x)
-        expert, order = ids.flatten().sort(stable=True)                                     # rows in order of their expert
+        expert, order = ids.flatten().sort(stable=True)                                 # rows in order of their expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         load = ends.diff(prepend=ends.new_zeros(1))
-        pad = 64 if x.device.type == 'cpu' and N * K > 64 * E else 1     # a CPU's matmul is compiled for every new number of
-        M = (N * K + E * (pad - 1)) // pad * pad                         # rows: leave few of them, by gaps between the experts
+        pad = 64 if x.device.type == 'cpu' and N * K > 64 * E else 1  # a CPU's matmul is compiled for every new number
+        M = (N * K + E * (pad - 1)) // pad * pad                        # of rows: gaps between the experts leave few
         starts = (load + pad - 1) // pad * pad
         gap_ends = starts.cumsum(0)
         slot = torch.arange(N * K, device=x.device) + (gap_ends - starts - ends + load)[expert]
         gap_ends[-1] = M
         inverse = torch.empty_like(order).scatter_(0, order, slot)
-        source = order.new_zeros(M).scatter_(0, slot, order)                                # a gap holds token 0, at weight 0
+        source = order.new_zeros(M).scatter_(0, slot, order)                         # a gap holds token 0, at weight 0
         weights = weights.new_zeros(M).scatter(0, slot, weights.flatten()[order])
         rows = Permute.apply(x.to(dtype), source // K, inverse.view(N, K))                  # (M, D)
         gate, up = grouped_linear(rows, self.gate_up_proj.to(dtype), gap_ends.int()).chunk(2, -1)  # (M, I) each
-        rows = F.silu(gate) * up * weights.to(dtype)[:, None]                               # weighted while they are narrow
+        rows = F.silu(gate) * up * weights.to(dtype)[:, None]                          # weighted while they are narrow
         rows = grouped_linear(rows, self.down_proj.to(dtype), gap_ends.int())               # (M, D)
-        y = Permute.apply(rows, inverse, source[:, None]).view(N, K, -1)                    # in order of the tokens again
+        y = Permute.apply(rows, inverse, source[:, None]).view(N, K, -1)                 # in order of the tokens again
         return sum(y.unbind(1)), load
 
 class MoE(nn.Module):
@@ -424,8 +395,7 @@ class MoE(nn.Module):
         weights, ids, affinity = self.gate(rows)
         y, load = self.experts(rows, weights, ids)
         y = self.shared_experts(x) + y.view(x.shape)
-        wanted = self.training and self.alpha > 0
-        return y, (load, self.balance_loss(affinity, ids, len(x)) if wanted else affinity.new_zeros(()))
+        return y, (load, self.balance_loss(affinity, ids, len(x)))
 
     def balance_loss(self, affinity, ids, B):
         """affinity (N, E), ids (N, K) -> the sequence-wise balance loss, mean over the B sequences. eq. 17-20"""
@@ -436,14 +406,14 @@ class MoE(nn.Module):
         return self.alpha * (f * p).sum(-1).mean()                                          # eq. 17
 
 # ---------------------------------------------------------------------------------------------------- Block and MTP
-
 class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = ATTENTION[c.attention](c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MoE(c) if c.is_moe(layer) else MLP(c.hidden_size, c.intermediate_size)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        moe = c.n_routed_experts and layer >= c.first_k_dense_replace
+        self.mlp = MoE(c) if moe else MLP(c.hidden_size, c.intermediate_size)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, rope, cache=None, layer=None):
@@ -454,26 +424,23 @@ class Block(nn.Module):
         return x + self.dropout(y), stats
 
 class MTP(Block):
-    """A further block that predicts one token further. [1] 2.2; embedding first in eh_proj, as in the published weights"""
+    """A block that predicts one token further [1] 2.2; the embedding comes first in eh_proj, as in the weights of V3"""
     def __init__(self, c, layer):
         super().__init__(c, layer)
-        self.enorm, self.hnorm = RMSNorm(c.hidden_size, c.rms_norm_eps), RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.enorm, self.hnorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps), nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
-        self.shared_head = nn.ModuleDict({'norm': RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        self.shared_head = nn.ModuleDict({'norm': nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
 
     def forward(self, h, embedded, rope):
-        """h (B, T, D) of the depth before, after its final norm; embedded (B, T, D) the next tokens -> (B, T, D), stats"""
+        """h (B, T, D) of the depth before, after its norm, embedded (B, T, D) the tokens ahead -> (B, T, D), stats"""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1))              # eq. 21
         x, stats = super().forward(x, rope)                                                 # eq. 22
         return self.shared_head['norm'](x), stats
 
 # ------------------------------------------------------------------------------------------------------ Transformer
-
 def cross_entropy(h, weight, targets):
-    """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean loss in nats, float32. In chunks of rows whose logits
-    are made again in the backward pass, so that they are never all in memory"""
+    """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean in nats; the logits exist in chunks, and twice"""
     rows, total = max(2**26 // len(weight), 256), 0.0
-
     def chunk_loss(h, targets):
         return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-100, reduction='sum')
     for chunk in zip(h.split(rows), targets.split(rows)):
@@ -493,27 +460,21 @@ class Transformer(nn.Module):
             'embed_tokens': nn.Embedding(config.vocab_size, D),
             'layers': nn.ModuleList([Block(config, i) for i in range(L)] +
                                     [MTP(config, L + k) for k in range(config.num_nextn_predict_layers)]),
-            'norm': RMSNorm(D, config.rms_norm_eps)})
-        self.lm_head = Linear(D, config.vocab_size)
-        self.tie_weights()
+            'norm': nn.RMSNorm(D, config.rms_norm_eps)})
+        self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
         self.moe_layers = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
         self.init_buffers()
         self.init_weights()
 
     def init_buffers(self):
         """RoPE's table, and expert_load (MoE layers, E): tokens per expert since the last update of the biases"""
-        c, device = self.config, self.lm_head.weight.device
-        table = rope_table(c, c.qk_rope_head_dim if c.attention == 'mla' else c.head_dim)
-        self.register_buffer('rope', torch.stack(table).to(device), persistent=False)       # (2, positions, dr/2)
-        load = torch.zeros(len(self.moe_layers), c.n_routed_experts, dtype=torch.int64, device=device)
-        self.register_buffer('expert_load', load, persistent=False)
-
-    def tie_weights(self):
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        c, load = self.config, torch.zeros(len(self.moe_layers), self.config.n_routed_experts, dtype=torch.int64)
+        rope = rope_table(c, c.qk_rope_head_dim if c.attention == 'mla' else c.head_dim)
+        self.register_buffer('rope', rope.to(self.head.device), persistent=False)
+        self.register_buffer('expert_load', load.to(self.head.device), persistent=False)
 
     def init_weights(self):
-        """Normal with initializer_range; what adds to the residual stream less, by the number of additions (as in GPT-2)"""
+        """Normal with initializer_range; less what adds to the residual stream, by the number of additions (GPT-2)"""
         std, residual_std = (self.config.initializer_range / n for n in (1, (2 * self.config.num_hidden_layers) ** 0.5))
         for name, p in self.named_parameters():
             if 'norm' not in name:
@@ -521,18 +482,19 @@ class Transformer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """.to(bfloat16) is for the parameters: rounded, the routers' biases and RoPE's angles would be other ones"""
-        kept = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if not b.is_meta]
+        kept = [(m, name, b) for m in self.modules() for name, b in m._buffers.items()]
         super()._apply(fn, recurse)
         for m, name, b in kept:
-            m._buffers[name] = b.to(m._buffers[name].device)
-        self.tie_weights()
+            m._buffers[name] = m._buffers[name].to(b.dtype) if b.is_meta else b.to(m._buffers[name].device)
         return self
 
+    head = property(lambda self: (self.lm_head or self.model.embed_tokens).weight)          # (V, D)
+
     def hidden(self, idx, cache=None):
-        """idx (B, T) -> states after the final norm (B, T, D), stats of the MoE layers, RoPE's table for these positions"""
+        """idx (B, T) -> states after the final norm (B, T, D), stats of the layers, RoPE's table for these positions"""
         c, past, T = self.config, cache.length if cache is not None else 0, idx.shape[1]
         if past + T > c.max_position_embeddings:
-            raise ValueError(f'{past + T} tokens, but the context is max_position_embeddings={c.max_position_embeddings}')
+            raise ValueError(f'{past + T} tokens: the context is max_position_embeddings={c.max_position_embeddings}')
         x, rope, stats = self.dropout(self.model.embed_tokens(idx)), self.rope[:, past:past + T], []
         for i, layer in enumerate(self.model.layers[:c.num_hidden_layers]):
             x, s = self.run(layer, x, rope, cache, i)                                       # (B, T, D)
@@ -542,25 +504,23 @@ class Transformer(nn.Module):
         return self.model.norm(x), stats, rope
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, V) float32, None. With targets (B, T), -100 ignored -> None, loss: the mean next-token
-        loss in nats; in training with MTP's and the balance loss on top (self.losses has the parts)"""
+        """idx (B, T) -> logits (B, T, V) float32, None. With targets (B, T), -100 ignored -> None, the next-token loss
+        in nats, a mean: in training with MTP's and the balance loss added (self.losses has the parts), else alone"""
         h, stats, rope = self.hidden(idx)
         if targets is None:
-            return self.lm_head(h).float(), None
-        loss = cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return F.linear(h, self.head).float(), None
+        loss = cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
         if not self.training:
             return None, loss
-        self.losses = {'main': loss.detach()}
+        parts, weights = {'main': loss}, {'main': 1.0, 'mtp': self.config.mtp_loss_weight, 'balance': 1.0}
         if self.config.num_nextn_predict_layers:
-            mtp = self.mtp_loss(h, targets, rope, stats)
-            self.losses['mtp'] = mtp.detach()
-            loss = loss + self.config.mtp_loss_weight * mtp
+            parts['mtp'] = self.mtp_loss(h, targets, rope, stats)
         if self.moe_layers:
             loads, balances = map(torch.stack, zip(*(s for s in stats if s is not None)))   # (layers, E), (layers,)
             self.expert_load += loads        # here, not in the layer: a recomputed layer would count twice
-            self.losses['balance'] = balances.sum().detach()
-            loss = loss + balances.sum()
-        return None, loss
+            parts['balance'] = balances.sum()
+        self.losses = {k: v.detach() for k, v in parts.items()}
+        return None, sum(weights[k] * v for k, v in parts.items())
 
     def run(self, layer, *args):
         again = self.gradient_checkpointing and self.training
@@ -571,48 +531,43 @@ class Transformer(nn.Module):
         layers, losses = self.model.layers[self.config.num_hidden_layers:], []
         for k, layer in enumerate(layers, 1):
             T = targets.shape[1] - k
+            assert T > 0, 'a sequence must be longer than num_nextn_predict_layers'
             embedded = self.model.embed_tokens(targets[:, k - 1:-1].clamp(min=0))           # (B, T, D)
             h, s = self.run(layer, h[:, :T], embedded, rope[:, :T])
             stats.append(s)
-            losses.append(cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets[:, k:].flatten()))  # eq. 24
+            losses.append(cross_entropy(h.flatten(0, 1), self.head, targets[:, k:].flatten()))  # eq. 24
         return sum(losses) / len(layers)                                                    # eq. 25
 
     @torch.no_grad()
     def update_router_bias(self, load):
-        """Loss-free balancing, once an optimizer step. load (MoE layers, E): expert_load summed over ranks. [2] algorithm 1"""
-        load = load.float()
-        step = self.config.bias_update_speed * torch.sign(load.mean(1, keepdim=True) - load)
-        for mlp, s in zip(self.moe_layers, step - step.mean(1, keepdim=True)):              # the mean moves no choice: without
-            mlp.gate.e_score_correction_bias += s                                           # it nothing drifts
-
-    # ------------------------------------------------------------------------------------------------- generation
+        """Loss-free balancing [2], once an optimizer step; load (MoE layers, E): expert_load, summed over ranks"""
+        step = self.config.bias_update_speed * torch.sign(load.float().mean(1, keepdim=True) - load)
+        for mlp, s in zip(self.moe_layers, step - step.mean(1, keepdim=True)):  # a mean moves no choice, but drifts
+            mlp.gate.e_score_correction_bias += s
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None):
-        """idx (B, T) -> yields the next tokens (B, 1), max_new_tokens times. When the context is full, it goes on from its
-        last half. temperature 0: the likeliest; top_k: among the k likeliest; top_p: among those that make up p"""
-        room = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings)
-        cache, new = None, idx
+        """idx (B, T) -> yields the next tokens (B, 1), max_new_tokens times. A full context goes on from its last half.
+        temperature 0: the likeliest; top_k: among the k likeliest; top_p: among those that make up p"""
+        room, cache, new = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings), None, idx
         for _ in range(max_new_tokens):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
-                cache = Cache(self.config, len(idx), room, compute_dtype(self.lm_head.weight), idx.device)
-            logits = self.lm_head(self.hidden(new, cache)[0][:, -1]).float()                # (B, V)
+                cache = Cache(self.config, len(idx), room, compute_dtype(self.head), idx.device)
+            logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()         # (B, V)
             new = sample(logits, temperature, top_k, top_p)
             idx = torch.cat((idx, new), 1)
             yield new
 
     def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=None):
-        """idx (B, T) -> (B, T + new): max_new_tokens, fewer where every row has reached the token id `stop`, which then repeats"""
-        out, done = [idx], torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        """idx (B, T) -> (B, T + new): max_new_tokens, or until every row has reached the id stop, which it repeats"""
+        out, done, stop = [idx], torch.zeros_like(idx[:, :1], dtype=torch.bool), -1 if stop is None else stop
         for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p):
-            out.append(new if stop is None else new.masked_fill(done, stop))
-            done |= out[-1] == stop if stop is not None else done
+            out.append(new.masked_fill(done, stop))
+            done |= out[-1] == stop
             if done.all():
                 break
         return torch.cat(out, 1)
-
-    # ------------------------------------------------------------------------------------------------------- files
 
     def named_views(self):
         """(name on disk, view of our tensor): what save_pretrained writes and from_pretrained fills"""
@@ -622,29 +577,22 @@ class Transformer(nn.Module):
                 for e, w in enumerate(t):
                     parts = zip(('gate_proj', 'up_proj'), w.chunk(2)) if kind == 'gate_up_proj' else [(kind, w)]
                     yield from ((f'{stem}.{e}.{part}.weight', view) for part, view in parts)
-            elif name != 'lm_head.weight' or not self.config.tie_word_embeddings:
+            else:
                 yield name, t
 
     def save_pretrained(self, directory, dtype=None, shard_bytes=5e9):
-        """A native Hugging Face model: config.json and model.safetensors, in shards with an index above shard_bytes.
-        dtype: of the weights on disk, theirs by default; the routers' biases stay float32"""
-        from huggingface_hub import split_torch_state_dict_into_shards
-        from safetensors.torch import save_file
-        directory, dtype, L = Path(directory), dtype or self.lm_head.weight.dtype, self.config.num_hidden_layers
+        """A Hugging Face folder. dtype: of the weights on disk, theirs by default; the routers' biases stay float32"""
+        from huggingface_hub import save_torch_state_dict
+        directory, dtype = Path(directory), dtype or self.head.dtype
         directory.mkdir(parents=True, exist_ok=True)
         views = dict(self.named_views())
-        for k in range(L, len(self.model.layers)):           # published MTP layers bring the embedding and the head along
-            views[f'model.layers.{k}.embed_tokens.weight'] = self.model.embed_tokens.weight.detach()
-            views[f'model.layers.{k}.shared_head.head.weight'] = self.lm_head.weight.detach()
-        dtypes = {name: t.dtype if name.endswith('bias') else dtype for name, t in views.items()}
-        plan = split_torch_state_dict_into_shards({name: torch.empty_like(t, dtype=dtypes[name], device='meta') for name, t in
-                                                   views.items()}, max_shard_size=int(shard_bytes))
-        for file, names in plan.filename_to_tensors.items():
-            save_file({n: views[n].to('cpu', dtypes[n], copy=True).contiguous() for n in names}, directory / file, {'format': 'pt'})
-        if plan.is_sharded:
-            index = {'metadata': plan.metadata, 'weight_map': plan.tensor_to_filename}
-            (directory / 'model.safetensors.index.json').write_text(json.dumps(index, indent=1))
-        config = self.config.to_hf() | {'dtype': str(dtype).split('.')[-1], 'torch_dtype': str(dtype).split('.')[-1]}
+        for k in range(self.config.num_hidden_layers, len(self.model.layers)):  # published MTP layers bring these along
+            views |= {f'model.layers.{k}.embed_tokens.weight': self.model.embed_tokens.weight.detach(),
+                      f'model.layers.{k}.shared_head.head.weight': self.head.detach()}
+        dtypes = {n: t.dtype if n.endswith('bias') else dtype for n, t in views.items()}
+        state = {n: t.to('cpu', dtypes[n], copy=True).contiguous() for n, t in views.items()}
+        save_torch_state_dict(state, directory, max_shard_size=int(shard_bytes))
+        config = self.config.to_hf() | dict.fromkeys(('dtype', 'torch_dtype'), str(dtype).removeprefix('torch.'))
         (directory / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
 
     @classmethod
@@ -653,10 +601,8 @@ class Transformer(nn.Module):
         from safetensors import SafetensorError, safe_open
         directory = Path(directory)
         config = Config.from_hf(json.loads((directory / 'config.json').read_text(encoding='utf-8')), **overrides)
-        index = directory / 'model.safetensors.index.json'
-        files = set(json.loads(index.read_text())['weight_map'].values()) if index.exists() else ['model.safetensors']
         try:
-            files = [safe_open(directory / Path(file).name, 'pt') for file in files]
+            files = [safe_open(file, 'pt') for file in directory.glob('model*.safetensors')]
         except SafetensorError as e:
             raise ValueError(f'{directory}: a safetensors file is damaged: {e}') from e
         where = {name: f for f in files for name in f.keys()}
@@ -667,37 +613,29 @@ class Transformer(nn.Module):
             model = cls(config)
         model.to(dtype).to_empty(device='cpu').init_buffers()
         for name, view in model.named_views():
-            found = tuple(where[name].get_slice(name).get_shape()) if name in where else 'missing'
+            found = tuple(where[name].get_slice(name).get_shape()) if name in where else 'in no model*.safetensors'
             if found != tuple(view.shape):
                 raise ValueError(f'{directory}: {name} is {found}, the model wants {tuple(view.shape)}')
             view.copy_(where[name].get_tensor(name))
         return model
 
-    # ------------------------------------------------------------------------------------------------------ counts
-
     def parameter_table(self):
-        """Counts of parameters: {'total', 'active' (that one token meets), 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp'}"""
-        table = dict.fromkeys(('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp'), 0)
+        """Counts of parameters, all of them, those that one token meets, and by kind"""
+        parts = {'norm': 'norms', 'self_attn': 'attention', 'experts': 'moe', 'mlp.gate.': 'moe', 'mlp.': 'mlp',
+                 'eh_proj': 'mtp', '': 'embedding'}          # the first one that the name contains
+        table = dict.fromkeys(('total', 'active', *parts.values()), 0)
         for name, p in self.named_parameters():
-            part = ('norms' if 'norm' in name else 'attention' if 'self_attn' in name else
-                    'embedding' if 'embed_tokens' in name or 'lm_head' in name else 'mtp' if 'eh_proj' in name else
-                    'moe' if isinstance(self.model.layers[int(name.split('.')[2])].mlp, MoE) else 'mlp')
-            routed = self.config.num_experts_per_tok / self.config.n_routed_experts if '.experts.' in name else 1
-            for key, n in ((part, p.numel()), ('total', p.numel()), ('active', round(p.numel() * routed))):
-                table[key] += n
+            met = self.config.num_experts_per_tok / self.config.n_routed_experts if '.experts.' in name else 1
+            table[next(part for mark, part in parts.items() if mark in name)] += p.numel()
+            table['total'], table['active'] = table['total'] + p.numel(), table['active'] + round(p.numel() * met)
         return table
 
     def flops_per_token(self, T):
-        """Floating-point operations per token of a training step (forward and backward, the PaLM convention: attention
-        counted as if not causal, nothing recomputed) at context T"""
+        """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
         c, table = self.config, self.parameter_table()
-        weights = table['active'] - table['norms'] - table['embedding'] + c.vocab_size * c.hidden_size * (1 + c.num_nextn_predict_layers)
+        head = c.vocab_size * c.hidden_size * (1 + c.num_nextn_predict_layers)
+        weights = table['active'] - table['norms'] - table['embedding'] + head
         return 6 * weights + 3 * len(self.model.layers) * ATTENTION[c.attention].flops(c, T)
-
-    def optimizer_groups(self, weight_decay):
-        """Parameters for AdamW: matrices decay, norms don't"""
-        matrices, others = ([p for p in self.parameters() if (p.dim() > 1) == flag] for flag in (True, False))
-        return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
 
 def sample(logits, temperature, top_k=None, top_p=None):
     """logits (B, V) -> tokens (B, 1)"""
@@ -708,5 +646,5 @@ def sample(logits, temperature, top_k=None, top_p=None):
         logits[:, top_k:] = float('-inf')
     if top_p is not None:
         p = logits.softmax(-1)
-        logits[p.cumsum(-1) - p >= top_p] = float('-inf')    # what comes before already makes up top_p
+        logits[p.cumsum(-1) - p >= max(top_p, 1e-9)] = float('-inf')    # what comes before already makes up top_p
     return ids.gather(1, logits.softmax(-1).multinomial(1))

@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+# Idle OpenMP threads spin for a third of a second by default: with one other busy process on the machine, a training step
+# on the CPU then takes up to twenty times as long. Read when torch is loaded; measured, see the README.
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+
 import torch
 
 import config
@@ -144,10 +148,17 @@ def build_model(s, model_settings, data):
     check_sizes(s, model.config, data)
     return model
 
+def parameter_groups(model, weight_decay):
+    """For AdamW: matrices decay, norms do not"""
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == flag] for flag in (True, False))
+    return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+
 def check_sizes(s, c, data):
     if data.vocab_size > c.vocab_size:
         raise ValueError(f'the vocabulary of dataset={s.dataset} has {data.vocab_size:,} tokens, the model only '
                          f'vocab_size={c.vocab_size:,}: raise it, or set it to 0 to take the dataset\'s')
+    if s.block_size <= c.num_nextn_predict_layers:
+        raise ValueError(f'block_size={s.block_size} must be above num_nextn_predict_layers={c.num_nextn_predict_layers}')
     if s.block_size > c.max_position_embeddings:
         raise ValueError(f'block_size={s.block_size} is above max_position_embeddings={c.max_position_embeddings}: '
                          'lower the one or raise the other')
@@ -400,7 +411,7 @@ def train(s, model_settings, dist):
     model.gradient_checkpointing = s.gradient_checkpointing
     amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = torch.optim.AdamW(model.optimizer_groups(s.weight_decay), s.learning_rate, (s.beta1, s.beta2), s.eps,
+    optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), s.learning_rate, (s.beta1, s.beta2), s.eps,
                                   fused=device.type in ('cpu', 'cuda'))
     first = load_trainer(found, optimizer, scaler) if found else 0
     resolved = {**asdict(s), **asdict(model.config), **versions()}

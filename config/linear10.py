@@ -1,0 +1,30 @@
+# Linear attention (features elu + 1) with four routed experts of width 256 and none shared, untied: what decoding keeps
+# of the past is a matrix per head, whatever the length. 10,095,744 parameters and 16 balancing biases (4 layers x 4).
+# Meant for GPT-2-like tokenizers (vocabulary 32,256); runs on any dataset with a smaller one.
+# Needs about 200 MB; a CPU will do.
+# Expect a slow start: the learning rate is low and a step sees 64 sequences of 32 tokens only.
+out_dir = 'out/linear10'
+dataset = 'shakespeare'
+
+attention = 'linear'
+vocab_size = 32256
+hidden_size = 128
+num_hidden_layers = 4
+num_attention_heads = 4
+n_routed_experts = 4
+n_shared_experts = 0
+num_experts_per_tok = 2
+moe_intermediate_size = 256
+max_position_embeddings = 512
+tie_word_embeddings = False
+
+batch_size = 8
+block_size = 32
+global_batch_size = 64                  # accumulates 8 micro-steps
+learning_rate = 5e-5
+weight_decay = 0.1
+max_steps = 5000
+eval_interval = 100
+eval_steps = 50
+checkpoint_interval = 100
+keep_checkpoints = 1

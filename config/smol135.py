@@ -1,0 +1,37 @@
+# DeepSeek-V3's parts on SmolLM2-135M's backbone: MLA with a latent of 128, and in each of the 30 layers one shared and
+# three routed experts of SmolLM2's own width, two of which are active. 372.9M parameters, 293.2M active per token.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
+# Needs one GPU of 24 GB or more; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=64.
+# Expect a cache of 160 values per token and layer, where SmolLM2-135M keeps 384.
+out_dir = 'out/smol135'
+dataset = 'shakespeare'
+
+attention = 'mla'
+vocab_size = 49152
+hidden_size = 576
+num_hidden_layers = 30
+num_attention_heads = 9
+kv_lora_rank = 128
+qk_nope_head_dim = 32
+qk_rope_head_dim = 32
+v_head_dim = 64                         # dn + dr = dv = 64, which every fused attention kernel takes as it is
+n_shared_experts = 1
+n_routed_experts = 3
+num_experts_per_tok = 2
+intermediate_size = 1536
+moe_intermediate_size = 1536
+max_position_embeddings = 8192
+rope_theta = 100000.0
+rms_norm_eps = 1e-5
+initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
+
+batch_size = 4
+block_size = 2048
+global_batch_size = 32                  # accumulates 8 micro-steps on one device, 2 on four
+learning_rate = 1e-3
+warmup_steps = 1000
+max_steps = 20000
+eval_interval = 500
+eval_steps = 50
+checkpoint_interval = 1000
+sample_interval = 1000

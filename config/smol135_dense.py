@@ -1,0 +1,31 @@
+# SmolLM2-135M itself: Llama architecture, GQA (9 query heads on 3 key/value heads), tied. 134,515,008 parameters.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
+# Needs about 8 GB for 4 x 2048 tokens on a GPU; `--max_steps=0` prints the estimate for your batch.
+# Expect the baseline that smol135.py and smol774.py are to be compared with: same backbone, same tokens.
+out_dir = 'out/smol135-dense'
+dataset = 'shakespeare'
+
+attention = 'gqa'
+vocab_size = 49152
+hidden_size = 576
+intermediate_size = 1536
+num_hidden_layers = 30
+num_attention_heads = 9
+num_key_value_heads = 3
+max_position_embeddings = 8192
+rope_theta = 100000.0
+rms_norm_eps = 1e-5
+initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
+
+batch_size = 4
+block_size = 2048
+global_batch_size = 32                  # accumulates 8 micro-steps on one device, 2 on four
+learning_rate = 3e-3
+schedule = 'wsd'                        # as SmolLM2 was trained
+warmup_steps = 2000
+max_steps = 20000
+weight_decay = 0.01
+eval_interval = 500
+eval_steps = 50
+checkpoint_interval = 1000
+sample_interval = 1000

@@ -1,0 +1,40 @@
+# SmolLM2-135M's backbone with eight routed experts and one shared of width 1536, top-2, and an 8 times smaller latent:
+# 72 values for keys and values (and 32 for the rotated key) where the hidden state has 576. 774M parameters.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
+# Needs one GPU of 40 GB or more; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=32.
+# The run is 10,000 steps, and 100 more from its last checkpoint: the same command again with --max_steps=10100.
+out_dir = 'out/smol774'
+dataset = 'shakespeare'
+
+attention = 'mla'
+vocab_size = 49152
+hidden_size = 576
+num_hidden_layers = 30
+num_attention_heads = 9
+kv_lora_rank = 72
+qk_nope_head_dim = 64
+qk_rope_head_dim = 32
+v_head_dim = 64
+n_shared_experts = 1
+n_routed_experts = 8
+num_experts_per_tok = 2
+intermediate_size = 1536
+moe_intermediate_size = 1536
+max_position_embeddings = 8192
+rope_theta = 100000.0
+rms_norm_eps = 1e-5
+initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
+
+batch_size = 4
+block_size = 2048
+global_batch_size = 32
+learning_rate = 3e-3
+warmup_steps = 2000
+weight_decay = 0.01
+grad_clip = 1.0
+max_steps = 10000
+eval_interval = 500
+eval_steps = 50
+checkpoint_interval = 500
+sample_interval = 500
+sample_prompt = 'Before we proceed'

@@ -1,0 +1,39 @@
+# DeepSeek-V3's shape for 80 GB and more: 24 layers of hidden size 2048, the first one dense, 64 routed experts of width
+# 512 (4 active) and a shared one, MLA with a q LoRA of 1536 and a latent of 512, DeepSeek-V3's vocabulary.
+# 5.69B parameters, 1.35B active per token.
+# Meant for fineweb-edu with DeepSeek-V3's tokenizer (129,280 tokens); runs on any dataset with a smaller vocabulary.
+# Needs 91 GB for weights, gradients and AdamW in float32 alone: one GPU of 141 GB, or several with sharding.
+# Expect nothing yet: this configuration has been counted here, and not trained.
+out_dir = 'out/v3-mini'
+dataset = 'shakespeare'
+
+attention = 'mla'
+vocab_size = 129280
+hidden_size = 2048
+intermediate_size = 6144
+num_hidden_layers = 24
+num_attention_heads = 32
+q_lora_rank = 1536
+kv_lora_rank = 512
+qk_nope_head_dim = 96
+qk_rope_head_dim = 32
+v_head_dim = 64
+n_shared_experts = 1
+n_routed_experts = 64
+num_experts_per_tok = 4
+moe_intermediate_size = 512
+first_k_dense_replace = 1
+tie_word_embeddings = False
+initializer_range = 0.006
+max_position_embeddings = 4096
+
+batch_size = 1
+block_size = 2048
+global_batch_size = 64
+gradient_checkpointing = True
+learning_rate = 4e-4
+warmup_steps = 2000
+max_steps = 50000
+eval_interval = 1000
+eval_steps = 50
+checkpoint_interval = 1000

@@ -1,0 +1,39 @@
+# DeepSeek-V3's shape for one small GPU: MLA with q LoRA, one dense layer and then eleven with eight routed experts
+# (2 active) and a shared one, loss-free balancing, one MTP layer. 0.14B parameters.
+# Meant for a tokenizer of 32,000 tokens trained on the corpus (--tokenizer=bpe:32000); runs on any smaller vocabulary.
+# Needs one GPU of 8 GB or more; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=64.
+# Expect the place to try a change to DeepSeek's recipe before paying for it at scale.
+out_dir = 'out/v3-tiny'
+dataset = 'shakespeare'
+
+attention = 'mla'
+vocab_size = 32000
+hidden_size = 768
+intermediate_size = 2048
+num_hidden_layers = 12
+num_attention_heads = 12
+q_lora_rank = 384
+kv_lora_rank = 128
+qk_nope_head_dim = 32
+qk_rope_head_dim = 32
+v_head_dim = 64
+n_shared_experts = 1
+n_routed_experts = 8
+num_experts_per_tok = 2
+moe_intermediate_size = 256
+first_k_dense_replace = 1
+num_nextn_predict_layers = 1
+tie_word_embeddings = False
+initializer_range = 0.02
+max_position_embeddings = 4096
+
+batch_size = 8
+block_size = 1024
+global_batch_size = 64
+learning_rate = 1e-3
+warmup_steps = 500
+max_steps = 10000
+eval_interval = 500
+eval_steps = 50
+checkpoint_interval = 1000
+sample_interval = 1000

@@ -1,0 +1,108 @@
+"""Generate text from a checkpoint.
+
+    python sample.py --prompt "Before we proceed"           # the newest checkpoint under out/
+    python sample.py --checkpoint=out/shakespeare/step-001000 --temperature=0 --max_new_tokens=100
+    cat scene.txt | python sample.py --prompt=-              # - reads stdin, @scene.txt a file
+
+A checkpoint is any Hugging Face folder of a Llama, Glm4Moe or DeepseekV3 model with its tokenizer.json. Text appears as
+it is generated, on stdout; everything else goes to stderr.
+"""
+import signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import config
+from model import Transformer
+from prepare import decode, encode, load_tokenizer
+
+@dataclass
+class Settings:
+    """Settings of sample.py"""
+    prompt: str = '\n'              # text to go on from; -: stdin; @FILE: a file's
+    checkpoint: str = ''            # a model's folder; if empty the newest checkpoint under out/
+    num_samples: int = 1            # how many texts, one after the other
+    max_new_tokens: int = 500       # tokens of each
+    temperature: float = 0.8        # 0: always the likeliest token; above 1: wilder
+    top_k: int | None = 50          # only among the k likeliest; none: all
+    top_p: float | None = None      # only among the likeliest that make up this probability; none: all
+    stop: str | None = None         # a token to stop at; none: the model's end-of-text token, where it has one
+    seed: int = 1337                # of the choices
+    device: str = 'auto'            # auto, cpu, cuda, mps
+    dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
+
+    def __post_init__(self):
+        for name, ok, limit in (('num_samples', self.num_samples >= 1, 'at least 1'),
+                                ('max_new_tokens', self.max_new_tokens >= 1, 'at least 1'),
+                                ('temperature', self.temperature >= 0, 'at least 0'),
+                                ('top_k', self.top_k is None or self.top_k >= 1, 'at least 1, or none'),
+                                ('top_p', self.top_p is None or 0 < self.top_p <= 1, 'above 0 and at most 1, or none')):
+            if not ok:
+                raise ValueError(f'{name}={getattr(self, name)}: must be {limit}')
+
+def newest_checkpoint(root='out'):
+    found = sorted(Path(root).glob('**/step-*/config.json'), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f'no checkpoint under {root}/: train one (python train.py config/shakespeare.py) or give --checkpoint=DIR')
+    return found[-1].parent
+
+def read_prompt(prompt):
+    if prompt != '-' and not prompt.startswith('@'):
+        return prompt
+    data = sys.stdin.buffer.read() if prompt == '-' else Path(prompt[1:]).read_bytes()
+    try:
+        return data.decode('utf-8')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'prompt {prompt} is not UTF-8 text: byte 0x{data[e.start]:02x} at offset {e.start}') from e
+
+def load(s):
+    """-> model, tokenizer, prompt's ids (1, T), id of the stop token or None"""
+    checkpoint = Path(s.checkpoint) if s.checkpoint else newest_checkpoint()
+    if not checkpoint.is_dir():
+        raise ValueError(f'checkpoint={checkpoint}: no such folder')
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    model = Transformer.from_pretrained(checkpoint, dtype=getattr(torch, s.dtype)).eval()
+    tokenizer = load_tokenizer(checkpoint)
+    ids = encode(tokenizer, read_prompt(s.prompt))
+    limit = model.config.max_position_embeddings - 1
+    if not 1 <= len(ids) <= limit:
+        raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, the context of {checkpoint} less one')
+    stop = model.config.eos_token_id if s.stop is None else tokenizer.token_to_id(s.stop)
+    if s.stop is not None and stop is None:
+        raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
+    print(f'{checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
+    model = model.to(best if s.device == 'auto' else s.device)
+    return model, tokenizer, torch.tensor([ids], device=model.lm_head.weight.device), stop
+
+def stream_text(model, tokenizer, ids, stop, s):
+    """Yields the text of the new tokens, piece by piece: a character of several tokens when its last one is there"""
+    new, shown = [], len(decode(tokenizer, ids[0].tolist()))
+    for token in model.stream(ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p):
+        if token.item() == stop:
+            break
+        new.append(token.item())
+        text = decode(tokenizer, ids[0].tolist() + new)
+        if not text.endswith('\ufffd') or len(new) == s.max_new_tokens:
+            yield text[shown:]
+            shown = len(text)
+
+def main(s):
+    with config.user_errors():
+        model, tokenizer, ids, stop = load(s)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    torch.manual_seed(s.seed)
+    count, began = 0, time.perf_counter()
+    for i in range(s.num_samples):
+        print('\n---' * (i > 0), decode(tokenizer, ids[0].tolist()), sep='\n' * (i > 0), end='', flush=True)
+        for text in stream_text(model, tokenizer, ids, stop, s):
+            print(text, end='', flush=True)
+            count += 1
+    print()
+    print(f'{count / (time.perf_counter() - began):.0f} tokens/s', file=sys.stderr)
+
+if __name__ == '__main__':
+    with config.user_errors():
+        settings = Settings(**config.load(Settings, usage=__doc__)[0])
+    main(settings)
