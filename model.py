@@ -28,8 +28,8 @@ KEYS = {'vocab_size', 'hidden_size', 'intermediate_size', 'num_hidden_layers', '
 MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
 MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok', 'moe_intermediate_size',
             'first_k_dense_replace', 'n_group', 'topk_group', 'norm_topk_prob', 'routed_scaling_factor'}
-CLASSES = {'llama': 'LlamaForCausalLM', 'glm4_moe': 'Glm4MoeForCausalLM', 'deepseek_v3': 'DeepseekV3ForCausalLM',
-           'nanoseek_linear': 'NanoseekLinearForCausalLM'}   # by model_type; the last is ours alone
+CLASSES = {'llama': 'LlamaForCausalLM', 'glm4_moe': 'Glm4MoeForCausalLM', 'deepseek_v3': 'DeepseekV3ForCausalLM'}
+OURS = 'nanoseek_'           # what model_type begins with for an attention that Hugging Face has no class for
 FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'attention_dropout': 0.0}
 ONLY = {**FIXED, 'rope_interleave': True, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
         'topk_method': 'noaux_tc', 'sliding_window': None, 'quantization_config': None, 'truncate': True}
@@ -100,7 +100,7 @@ class Config:
         """The dict of config.json, complete for transformers 4 and 5, vLLM and llama.cpp"""
         mla, moe, d = self.attention == 'mla', self.n_routed_experts > 0, asdict(self)
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
-        kind = {'linear': 'nanoseek_linear', 'mla': 'deepseek_v3'}.get(self.attention, 'glm4_moe' if moe else 'llama')
+        kind = {'gqa': 'glm4_moe' if moe else 'llama', 'mla': 'deepseek_v3'}.get(self.attention, OURS + self.attention)
         for name in {'head_dim'} if mla else MLA_KEYS if moe else MLA_KEYS | MOE_KEYS:
             del d[name]
         if mla:                                              # a dense one has nothing but leading dense layers
@@ -111,13 +111,13 @@ class Config:
         rope = {'rope_type': 'default', **(self.rope_scaling or {}), 'rope_theta': self.rope_theta}
         if kind == 'glm4_moe':                               # whose default is a half
             rope['partial_rotary_factor'] = d['partial_rotary_factor'] = 1.0
-        return {**d, **FIXED, 'model_type': kind, 'architectures': [CLASSES[kind]], 'rope_parameters': rope}
+        return {**d, **FIXED, 'model_type': kind, 'architectures': [CLASSES.get(kind, OURS)], 'rope_parameters': rope}
 
     @classmethod
     def from_hf(cls, d, **overrides):
         """config.json's dict -> Config. ValueError that names what is missing, or what this model cannot represent"""
         kind, rope = d.get('model_type'), d.get('rope_parameters') or d.get('rope_scaling') or {}
-        if kind not in CLASSES:
+        if kind not in CLASSES and not str(kind).startswith(OURS):
             raise ValueError(f'config.json: model_type={kind!r}: must be one of {", ".join(CLASSES)}')
         d = {'partial_rotary_factor': 0.5 if kind == 'glm4_moe' else 1.0, 'tie_word_embeddings': False, **d, **rope}
         for name, value in ONLY.items():
@@ -129,7 +129,7 @@ class Config:
         d['eos_token_id'] = eos[0] if isinstance(eos := d.get('eos_token_id'), list) else eos
         if d.get('first_k_dense_replace', 0) >= d['num_hidden_layers'] + d.get('num_nextn_predict_layers', 0):
             d['n_routed_experts'] = d['first_k_dense_replace'] = 0
-        d['attention'] = {'deepseek_v3': 'mla', 'nanoseek_linear': 'linear'}.get(kind, 'gqa')
+        d['attention'] = {'deepseek_v3': 'mla', 'llama': 'gqa', 'glm4_moe': 'gqa'}.get(kind) or kind.removeprefix(OURS)
         kind = rope.get('rope_type') or rope.get('type') or 'default'
         rope = {k: v for k, v in rope.items() if k not in ('rope_theta', 'partial_rotary_factor', 'type')}
         d['rope_scaling'] = {**rope, 'rope_type': kind} if kind != 'default' else None
@@ -268,11 +268,11 @@ class MLA(nn.Module):
 
     def forward(self, x, rope, cache=None, layer=None):
         (B, T, _), (H, dn, dr, dv, R) = x.shape, self.dims
-        full_rank = hasattr(self, 'q_proj')
-        q = self.q_proj(x) if full_rank else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))  # eq. 6, 7
+        own = self.kv_a_layernorm.weight.dtype               # a norm's own, also under autocast
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x).to(own))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
         q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)      # (B, H, T, dn), (B, H, T, dr)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((R, dr), -1)                             # (B, T, R), (B, T, dr)
-        c = self.kv_a_layernorm(c)                                                          # eq. 1
+        c = self.kv_a_layernorm(c.to(own)).to(k_pe.dtype)                                   # eq. 1 (q: eq. 6, 7)
         q_pe, k_pe = rotate(q_pe, rope, interleaved=True), rotate(k_pe, rope, interleaved=True)  # eq. 8, 3
         if cache is not None:
             c, k_pe = cache.extend(layer, c, k_pe)                                          # (B, S, R), (B, S, dr)

@@ -7,10 +7,12 @@
 A checkpoint is any Hugging Face folder of a Llama, Glm4Moe or DeepseekV3 model with its tokenizer.json. Text appears as
 it is generated, on stdout; everything else goes to stderr.
 """
-import signal, sys, time
+import os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # see train.py
 
 import torch
 
@@ -45,7 +47,7 @@ class Settings:
 def newest_checkpoint(root='out'):
     found = sorted(Path(root).glob('**/step-*/config.json'), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise ValueError(f'no checkpoint under {root}/: train one (python train.py config/shakespeare.py) or give --checkpoint=DIR')
+        raise ValueError(f'no checkpoint under {root}/: train a model first, or give --checkpoint=DIR')
     return found[-1].parent
 
 def read_prompt(prompt):
@@ -68,25 +70,22 @@ def load(s):
     ids = encode(tokenizer, read_prompt(s.prompt))
     limit = model.config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
-        raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, the context of {checkpoint} less one')
+        raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, the context less one')
     stop = model.config.eos_token_id if s.stop is None else tokenizer.token_to_id(s.stop)
     if s.stop is not None and stop is None:
         raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
     print(f'{checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
     model = model.to(best if s.device == 'auto' else s.device)
-    return model, tokenizer, torch.tensor([ids], device=model.lm_head.weight.device), stop
+    return model, tokenizer, torch.tensor([ids], device=model.head.device), stop
 
 def stream_text(model, tokenizer, ids, stop, s):
-    """Yields the text of the new tokens, piece by piece: a character of several tokens when its last one is there"""
-    new, shown = [], len(decode(tokenizer, ids[0].tolist()))
+    """Yields a text for every new token, empty while a character of several tokens is not complete"""
+    from tokenizers.decoders import DecodeStream
+    decoder = DecodeStream(ids=ids[0].tolist(), skip_special_tokens=False)
     for token in model.stream(ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p):
         if token.item() == stop:
             break
-        new.append(token.item())
-        text = decode(tokenizer, ids[0].tolist() + new)
-        if not text.endswith('\ufffd') or len(new) == s.max_new_tokens:
-            yield text[shown:]
-            shown = len(text)
+        yield decoder.step(tokenizer, token.item()) or ''
 
 def main(s):
     with config.user_errors():

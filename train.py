@@ -6,20 +6,21 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import json, math, os, platform, shutil, signal, subprocess, sys, time
+import importlib.util, json, math, os, platform, shutil, signal, subprocess, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-# Idle OpenMP threads spin for a third of a second by default: with one other busy process on the machine, a training step
-# on the CPU then takes up to twenty times as long. Read when torch is loaded; measured, see the README.
+# Idle OpenMP threads spin for long by default: with one other busy process on the machine, a training step on the CPU
+# then takes up to twenty times as long (see the README). Read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
 
 import config
-from model import CLASSES, Config, Transformer
+from model import Config, Transformer
 from prepare import TokenData, decode, encode, load_tokenizer, save_tokenizer
 
 STARTED = time.time()
@@ -35,7 +36,7 @@ class Settings:
     compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on a GPU
     batch_size: int = 16                # sequences per device and micro-step
     block_size: int = 256               # tokens per sequence
-    global_batch_size: int = 0          # sequences per optimizer step, over all micro-steps and ranks; 0: one micro-step
+    global_batch_size: int = 0          # sequences per optimizer step over all ranks; 0: one micro-step
     max_steps: int = 1000               # optimizer steps of the whole run; 0: print the model and stop
     optimizer: Literal['adamw'] = 'adamw'  # optimizer
     learning_rate: float = 1e-3         # its peak
@@ -56,22 +57,23 @@ class Settings:
     sample_prompt: str = '\n'           # what they begin with
     checkpoint_interval: int = 500      # steps between checkpoints; there is always one at the end
     keep_checkpoints: int = 2           # the newest ones stay; 0: all
-    resume: str = 'auto'                # auto: go on from out_dir's newest checkpoint; never: start over; or a checkpoint
+    resume: str = 'auto'                # auto: from out_dir's newest checkpoint; never: start over; or a checkpoint
     init_from: str | None = None        # start from the weights of this Hugging Face folder
     wandb: bool = False                 # also log to Weights & Biases
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
     def __post_init__(self):
-        for name, least in (('batch_size', 1), ('block_size', 1), ('global_batch_size', 0), ('max_steps', 0), ('warmup_steps', 0),
-                            ('log_interval', 1), ('eval_interval', 1), ('eval_steps', 0), ('sample_interval', 0),
-                            ('checkpoint_interval', 1), ('keep_checkpoints', 0), ('grad_clip', 0), ('weight_decay', 0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least}')
-        for name, low, high in (('learning_rate', 0, 1e3), ('eps', 0, 1), ('min_lr_frac', -1e-9, 1), ('decay_frac', 0, 1),
-                                ('beta1', -1e-9, 1 - 1e-9), ('beta2', -1e-9, 1 - 1e-9)):
-            if not low < getattr(self, name) <= high:
-                raise ValueError(f'{name}={getattr(self, name)}: must be {"above" if low == 0 else "at least"} {max(low, 0)} '
-                                 f'and {"below 1" if name[:4] == "beta" else f"at most {high:g}"}')
+        rules = {'at least 1': (lambda v: v >= 1, 'batch_size block_size log_interval eval_interval '
+                                                  'checkpoint_interval'),
+                 'at least 0': (lambda v: v >= 0, 'global_batch_size max_steps warmup_steps eval_steps sample_interval '
+                                                  'keep_checkpoints grad_clip weight_decay'),
+                 'above 0': (lambda v: v > 0, 'learning_rate eps'),
+                 'at least 0 and at most 1': (lambda v: 0 <= v <= 1, 'min_lr_frac decay_frac'),
+                 'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2')}
+        for limit, (ok, names) in rules.items():
+            for name in names.split():
+                if not ok(getattr(self, name)):
+                    raise ValueError(f'{name}={getattr(self, name)}: must be {limit}')
 
 class OneDevice:
     """What the loop asks about distribution. train_ddp.py has another answer to the same questions."""
@@ -158,7 +160,7 @@ def check_sizes(s, c, data):
         raise ValueError(f'the vocabulary of dataset={s.dataset} has {data.vocab_size:,} tokens, the model only '
                          f'vocab_size={c.vocab_size:,}: raise it, or set it to 0 to take the dataset\'s')
     if s.block_size <= c.num_nextn_predict_layers:
-        raise ValueError(f'block_size={s.block_size} must be above num_nextn_predict_layers={c.num_nextn_predict_layers}')
+        raise ValueError(f'block_size={s.block_size}: must be above the MTP depth, {c.num_nextn_predict_layers}')
     if s.block_size > c.max_position_embeddings:
         raise ValueError(f'block_size={s.block_size} is above max_position_embeddings={c.max_position_embeddings}: '
                          'lower the one or raise the other')
@@ -201,13 +203,13 @@ class Log:
         self.dir.mkdir(parents=True, exist_ok=True)
         metrics = self.dir / 'metrics.jsonl'
         if metrics.exists():    # a resumed run repeats no step
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith('}') and json.loads(line)['step'] <= step]
-            metrics.write_text(''.join(line + '\n' for line in lines))
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith('}')]
+            metrics.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] <= step))
         self.metrics, self.text = open(metrics, 'a'), open(self.dir / 'train.log', 'a')
         if s.wandb:
             import wandb
-            self.wandb = wandb.init(project='nanoseek', name=self.dir.name, dir=self.dir, config=resolved, resume='allow',
-                                    id=f'{self.dir.name}-{s.seed}')
+            self.wandb = wandb.init(project='nanoseek', name=self.dir.name, id=f'{self.dir.name}-{s.seed}',
+                                    resume='allow', dir=self.dir, config=resolved)
         if s.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(self.dir / 'tensorboard')
@@ -258,16 +260,16 @@ def describe(s, c, dtype):
     """Lines that say what the model is, its parameters, and the memory that a training step needs"""
     with torch.device('meta'):
         model = Transformer(c)
-    table = {k: v for k, v in model.parameter_table().items() if v}
+    table, order = model.parameter_table(), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
     states, activations = memory_estimate(s, c, dtype)
-    kind = {'mla': 'MLA', 'gqa': 'GQA', 'linear': 'linear attention'}[c.attention]
+    kind = {'mla': 'MLA', 'gqa': 'GQA'}.get(c.attention, f'{c.attention} attention')
     if c.n_routed_experts:
         kind += (f' + MoE ({c.n_shared_experts} shared, {c.num_experts_per_tok} of {c.n_routed_experts} routed experts '
                  f'of width {c.moe_intermediate_size})')
-    yield (f'{CLASSES[c.to_hf()["model_type"]]}: {kind}, {c.num_hidden_layers} layers'
+    yield (f'{c.to_hf()["architectures"][0]}: {kind}, {c.num_hidden_layers} layers'
            f'{f" + {c.num_nextn_predict_layers} MTP" if c.num_nextn_predict_layers else ""}, hidden {c.hidden_size}, '
            f'{c.num_attention_heads} heads, vocabulary {c.vocab_size:,}')
-    yield 'parameters: ' + ' | '.join(f'{k} {v:,}' for k, v in table.items())
+    yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
     yield (f'a training step: {model.flops_per_token(s.block_size) / 1e6:,.1f} MFLOP per token, about '
            f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and AdamW, '
            f'{activations / 2**20:,.0f} for {s.batch_size} x {s.block_size} tokens of activations')
@@ -291,8 +293,8 @@ def save_checkpoint(s, model, optimizer, scaler, step, data, about):
     (tmp / 'README.md').write_text(model_card(s, model, step, data, about))
     (tmp / 'trainer').mkdir()
     rng = {'cpu': torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
-    torch.save({'version': 1, 'step': step, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'rng': rng},
-               tmp / 'trainer' / 'state.pt')
+    state = {'version': 1, 'step': step, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'rng': rng}
+    torch.save(state, tmp / 'trainer' / 'state.pt')
     (tmp / 'trainer' / 'settings.json').write_text(json.dumps({**asdict(s), **asdict(model.config)}, indent=1) + '\n')
     shutil.rmtree(final, ignore_errors=True)
     os.replace(tmp, final)
@@ -301,22 +303,22 @@ def save_checkpoint(s, model, optimizer, scaler, step, data, about):
     return final
 
 def model_card(s, model, step, data, about):
-    kind = model.config.to_hf()['model_type']
+    kind = model.config.to_hf()['architectures'][0]
     table = model.parameter_table()
     tokens = step * (s.global_batch_size or s.batch_size) * s.block_size
     return f"""---
-library_name: {'nanoseek' if kind == 'nanoseek_linear' else 'transformers'}
+library_name: {'nanoseek' if kind.startswith('nanoseek') else 'transformers'}
 pipeline_tag: text-generation
 tags: [nanoseek]
 ---
 # {Path(s.out_dir).name}, step {step:,}
 
-{CLASSES[kind]}, {table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
+{kind}, {table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
 
 - data: {data.meta['source']['name']} ({data.meta['source']['license']}), tokenizer {data.meta['tokenizer']['name']}
 - tokens seen: {tokens:,}
 - losses: {', '.join(f'{k} {v:.4f}' for k, v in about.items()) or 'not evaluated yet'}
-- command: `{' '.join(sys.argv)}`
+- command: `python {' '.join(sys.argv)}`
 """
 
 def load_trainer(directory, optimizer, scaler):
@@ -356,7 +358,8 @@ def compiled(model, forward, s, device, amp):
             loss.backward()
         problem = None
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
-        fast, problem = forward, f'torch.compile does not work here ({str(e).strip().splitlines()[0][:100]}): going on without it'
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
+        fast, problem = forward, f'torch.compile does not work here ({reason}): going on without it'
     model.zero_grad(set_to_none=True)
     model.expert_load.zero_()
     return fast, problem
@@ -373,38 +376,46 @@ def catch_signals():
     return caught
 
 def versions():
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {'python': platform.python_version(), 'torch': torch.__version__, 'git': commit.stdout.strip() or None,
+    try:
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:     # no git here
+        commit = None
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'git': commit,
             'machine': platform.machine(), 'cpus': os.cpu_count(), 'command': ' '.join(sys.argv)}
 
 def setup(s, model_settings, dist):
     """Everything that a user's mistake can stop -> data, model, device, dtype, the checkpoint to go on from"""
+    for package in ('wandb', 'tensorboard'):
+        if getattr(s, package) and importlib.util.find_spec(package) is None:
+            raise ValueError(f'{package}=true needs its package: pip install {package}')
     device, dtype = pick_device(s)
     path = Path(s.dataset) if Path(s.dataset, 'meta.json').is_file() else Path('data', s.dataset)
     if s.max_steps == 0:
-        vocab_size = model_settings.get('vocab_size') or (TokenData(path).vocab_size if (path / 'meta.json').is_file() else 256)
-        c = Config(**{**model_settings, 'vocab_size': vocab_size})
-        print(*describe(s, c, dtype), sep='\n')
+        ready = (path / 'meta.json').is_file()
+        vocab_size = model_settings.get('vocab_size') or (TokenData(path).vocab_size if ready else 256)
+        print(*describe(s, Config(**{**model_settings, 'vocab_size': vocab_size}), dtype), sep='\n')
         sys.exit(0)
     data = TokenData(path)
     for split in ('train', 'val'):
         data.windows(split, s.block_size)
-    if (s.global_batch_size or s.batch_size * dist.world) % (s.batch_size * dist.world):
-        raise ValueError(f'global_batch_size={s.global_batch_size} must be a multiple of batch_size={s.batch_size} '
+    if s.global_batch_size % (s.batch_size * dist.world):
+        raise ValueError(f'global_batch_size={s.global_batch_size}: must be a multiple of batch_size={s.batch_size} '
                          f'x {dist.world} {"device" if dist.world == 1 else "devices"}')
     if s.sample_interval:
         encode(load_tokenizer(path), s.sample_prompt)
     model, found = build_model(s, model_settings, data), find_resume(s)
     if found:
         saved = Transformer.from_pretrained(found)
-        for f, a in asdict(saved.config).items():
-            if f in model_settings and a != getattr(model.config, f):
-                raise ValueError(f'{found} was trained with {f}={a}, now it is {getattr(model.config, f)}: '
+        for name, value in asdict(saved.config).items():
+            if name in model_settings and value != getattr(model.config, name):
+                raise ValueError(f'{found} was trained with {name}={value}, now it is {getattr(model.config, name)}: '
                                  'go back, take another out_dir, or start over with --resume=never')
         model = saved
     return data, model, device, dtype, found
 
-def train(s, model_settings, dist):
+def start(s, model_settings, dist):
+    """-> the run: all that the loop works with; None where the run is complete"""
     with config.user_errors():
         data, model, device, dtype, found = setup(s, model_settings, dist)
     model.to(device).train()
@@ -418,35 +429,40 @@ def train(s, model_settings, dist):
     log = Log(s, first, resolved)
     if first >= s.max_steps:
         log.say(f'{found} is complete: go on with --max_steps={first + 1000}, or start over with --resume=never')
-        return
+        return None
     (log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
-    for line in describe(s, model.config, dtype):
+    for line in (*describe(s, model.config, dtype), *([f'going on from {found}'] if found else [])):
         log.say(line)
-    if found:
-        log.say(f'going on from {found}')
     forward, problem = compiled(model, dist.wrap(model), s, device, amp)
     if problem:
         log.say(problem)
-    global_batch = s.global_batch_size or s.batch_size * dist.world
-    accumulation = global_batch // (s.batch_size * dist.world)
-    tokens_per_step, flops = global_batch * s.block_size, model.flops_per_token(s.block_size)
-    peak, tokenizer = matmul_rate(device, dtype), load_tokenizer(data.directory)
-    log.say(f'{device.type} {str(dtype)[6:]}, {accumulation} x {s.batch_size} x {s.block_size} = {tokens_per_step:,} tokens a '
-            f'step, {s.max_steps - first:,} steps; a matmul reaches {peak / 1e12:.2f} TFLOP/s here')
-    caught, about, clock, since = catch_signals(), {}, time.perf_counter(), first
+    peak, batch = matmul_rate(device, dtype), s.global_batch_size or s.batch_size * dist.world
+    accumulation = batch // (s.batch_size * dist.world)
+    log.say(f'{device.type} {str(dtype)[6:]}, {accumulation} x {s.batch_size} x {s.block_size} = '
+            f'{batch * s.block_size:,} tokens a step, {s.max_steps - first:,} steps; a matmul reaches {peak / 1e12:.2f} TFLOP/s here')
+    return SimpleNamespace(s=s, dist=dist, data=data, model=model, forward=forward, device=device, amp=amp,
+                           scaler=scaler, optimizer=optimizer, first=first, log=log, peak=peak * dist.world,
+                           batch=batch, accumulation=accumulation, tokenizer=load_tokenizer(data.directory),
+                           losses={}, about={})
 
-    for step in range(first, s.max_steps):
+def train(s, model_settings, dist):
+    run = start(s, model_settings, dist)
+    if run is None:
+        return
+    model, optimizer, scaler = run.model, run.optimizer, run.scaler
+    caught, clock, since = catch_signals(), time.perf_counter(), run.first
+    for step in range(run.first, s.max_steps):
         for group in optimizer.param_groups:
             group['lr'] = lr_at(step, s)
         losses = {}
-        for micro in range(accumulation):
-            row = step * global_batch + (micro * dist.world + dist.rank) * s.batch_size
-            x, y = to_device(data.batch('train', range(row, row + s.batch_size), s.block_size, s.seed), device)
-            with dist.accumulate(model, last=micro == accumulation - 1):
-                with amp():
-                    _, loss = forward(x, y)
-                scaler.scale(loss / accumulation).backward()
-            losses = {k: losses.get(k, 0) + v / accumulation for k, v in model.losses.items()}
+        for micro in range(run.accumulation):
+            row = step * run.batch + (micro * dist.world + dist.rank) * s.batch_size
+            x, y = to_device(run.data.batch('train', range(row, row + s.batch_size), s.block_size, s.seed), run.device)
+            with dist.accumulate(model, last=micro == run.accumulation - 1):
+                with run.amp():
+                    _, loss = run.forward(x, y)
+                scaler.scale(loss / run.accumulation).backward()
+            losses = {k: losses.get(k, 0) + v / run.accumulation for k, v in model.losses.items()}
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         scaler.step(optimizer)
@@ -455,55 +471,60 @@ def train(s, model_settings, dist):
         load = dist.sum(model.expert_load)          # (MoE layers, E): tokens per expert in the whole global batch
         model.update_router_bias(load)
         done, last = step + 1, step + 1 == s.max_steps or bool(caught)
-
-        if done % s.log_interval == 0 or done == first + 1 or last:
-            losses = {k: (dist.sum(v) / dist.world).item() for k, v in losses.items()}
+        if done % s.log_interval == 0 or done == run.first + 1 or last:
+            run.losses = {k: (dist.sum(v) / dist.world).item() for k, v in losses.items()}
             ms = (time.perf_counter() - clock) * 1e3 / (done - since)
-            log_step(log, s, done, losses, load, norm.item(), optimizer, ms, tokens_per_step, flops, peak * dist.world, device)
-            if not math.isfinite(losses['main']):
-                log.say(f'the loss is {losses["main"]}: stopping; the last good checkpoint stays. Try a lower '
-                        f'learning_rate (now {s.learning_rate:g}) or a longer warmup_steps ({s.warmup_steps})')
-                sys.exit(1)
+            log_step(run, done, load, norm.item(), ms)
             clock, since = time.perf_counter(), done
-        model.expert_load.zero_()
         pause = time.perf_counter()
-        if done % s.eval_interval == 0 or last:
-            val = evaluate(model, data, s, device, amp, dist)
-            bpb = val / math.log(2) / data.bytes_per_token('val')
-            about = {'train loss': losses.get('main', val), 'validation loss': val, 'bits per byte': bpb}
-            log.say(f'step {done:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
-            log.add(step=done, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb,
-                    **{'moe/load': relative(load).tolist()} if len(load) else {})
-        if s.sample_interval and (done % s.sample_interval == 0 or last):
-            log.say(f'--- sample\n{sample_text(model, tokenizer, s, device, amp)}\n---')
-        if done % s.checkpoint_interval == 0 or last:
-            log.say(f'saved {save_checkpoint(s, model, optimizer, scaler, done, data, about)}')
-        clock += time.perf_counter() - pause
+        look(run, done, load, last)
+        model.expert_load.zero_()
+        clock += time.perf_counter() - pause        # step_ms is of steps alone
         if caught:
-            log.say(f'{caught[0]}: stopped after step {done}; the same command goes on from here')
+            run.log.say(f'{caught[0]}: stopped after step {done}; the same command goes on from here')
             break
-    log.close()
+    run.log.close()
+
+def look(run, step, load, last):
+    """Evaluation, text samples and checkpoints, each at its interval and at the end"""
+    s, log = run.s, run.log
+    if step % s.eval_interval == 0 or last:
+        val = evaluate(run.model, run.data, s, run.device, run.amp, run.dist)
+        bpb = val / math.log(2) / run.data.bytes_per_token('val')
+        run.about = {'training': run.losses['main'], 'validation': val, 'bits per byte': bpb}
+        log.say(f'step {step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
+        log.add(step=step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb,
+                **{'moe/load': relative(load).tolist()} if len(load) else {})
+    if s.sample_interval and (step % s.sample_interval == 0 or last):
+        log.say(f'--- sample\n{sample_text(run.model, run.tokenizer, s, run.device, run.amp)}\n---')
+    if step % s.checkpoint_interval == 0 or last:
+        log.say(f'saved {save_checkpoint(s, run.model, run.optimizer, run.scaler, step, run.data, run.about)}')
 
 def relative(load):
     """Expert counts (MoE layers, E) over the ideal, a layer's mean"""
     return (load / load.double().mean(-1, keepdim=True).clamp(min=1)).round(decimals=3)
 
-def log_step(log, s, step, losses, load, norm, optimizer, ms, tokens_per_step, flops, peak, device):
-    tok_per_s = tokens_per_step / ms * 1e3
-    entry = {'step': step, 'tokens': step * tokens_per_step, 'elapsed_s': round(time.time() - STARTED, 2), 'loss': losses['main'],
-             'lr': optimizer.param_groups[0]['lr'], 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(tok_per_s, 1),
-             'mfu': round(tok_per_s * flops / peak, 4), 'memory_mb': round(peak_memory(device), 1),
-             **{f'{k}_loss': v for k, v in losses.items() if k != 'main'}}
-    experts = ''
+def log_step(run, step, load, norm, ms):
+    """The progress line, and its numbers in metrics.jsonl. A loss that is not finite ends the run"""
+    s, losses, tokens = run.s, run.losses, run.batch * run.s.block_size
+    rate, lr = tokens / ms * 1e3, run.optimizer.param_groups[0]['lr']
+    mfu, memory = rate * run.model.flops_per_token(s.block_size) / run.peak, peak_memory(run.device)
+    entry = {'step': step, 'tokens': step * tokens, 'elapsed_s': round(time.time() - STARTED, 2),
+             'loss': losses['main'], 'lr': lr, 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
+             'mfu': round(mfu, 4), 'memory_mb': round(memory, 1), **{f'{k}_loss': v for k, v in losses.items() if k != 'main'}}
+    experts, eta = '', (s.max_steps - step) * ms / 1e3
     if len(load):
         r = relative(load)
         entry |= {'moe/load_max': r.max().item(), 'moe/load_min': r.min().item(), 'moe/dead': (load == 0).sum().item()}
         experts = f' | load {entry["moe/load_min"]:.2f}-{entry["moe/load_max"]:.2f}'
-    eta = (s.max_steps - step) * ms / 1e3
-    log.say(f'step {step:6d}/{s.max_steps} | loss {losses["main"]:.4f} | lr {entry["lr"]:.2e} | norm {norm:.2f} | {ms:.0f} ms | '
-            f'{tok_per_s / 1e3:.1f}k tok/s | mfu {entry["mfu"]:.0%} | {entry["memory_mb"]:.0f} MB{experts} | '
-            f'eta {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}')
-    log.add(**entry)
+    run.log.say(f'step {step:6d}/{s.max_steps} | loss {losses["main"]:.4f} | lr {lr:.2e} | norm {norm:.2f} | '
+                f'{ms:.0f} ms | {rate / 1e3:.1f}k tok/s | mfu {mfu:.0%} | {memory:.0f} MB{experts} | '
+                f'eta {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}')
+    run.log.add(**entry)
+    if not math.isfinite(losses['main']):
+        run.log.say(f'the loss is {losses["main"]}: stopping; the last good checkpoint stays. Try a lower '
+                    f'learning_rate (now {s.learning_rate:g}) or a longer warmup_steps ({s.warmup_steps})')
+        sys.exit(1)
 
 if __name__ == '__main__':
     with config.user_errors():

@@ -1,0 +1,502 @@
+"""Tests of train.py, sample.py and config/, by running them as users do. Trained is a model of 34,000 parameters on
+a made-up text. What needs SmolLM2-135M looks in the folder $NANOSEEK_ASSETS (smollm2/) and is skipped without it;
+NANOSEEK_SLOW=1 also takes a step with each of the larger configurations, and compiles a model."""
+import json, math, os, random, re, runpy, shutil, signal, subprocess, sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import config, train
+from model import Config, Transformer
+
+HERE = Path(train.__file__).resolve().parent
+CONFIGS = sorted(p.stem for p in (HERE / 'config').glob('[!_]*.py'))
+STEPS, BLOCK, CONTEXT = 40, 32, 64
+DENSE = ['--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2', f'--max_position_embeddings={CONTEXT}',
+         '--initializer_range=0.1', f'--block_size={BLOCK}', '--batch_size=4', '--learning_rate=1e-2',
+         '--warmup_steps=5', '--log_interval=1', '--checkpoint_interval=10', '--keep_checkpoints=0',
+         '--out_dir=out/tiny', '--device=cpu', '--dtype=float32', f'--max_steps={STEPS}']
+MLA = ['--attention=mla', '--kv_lora_rank=16', '--qk_nope_head_dim=8', '--qk_rope_head_dim=4', '--v_head_dim=10']
+TINY = [*DENSE, *MLA, '--n_routed_experts=4', '--n_shared_experts=1', '--num_experts_per_tok=2',
+        '--bias_update_speed=0.01', '--moe_intermediate_size=16', '--num_nextn_predict_layers=1']
+SMALL = ['--batch_size=1', '--global_batch_size=1', '--max_steps=1', '--eval_steps=1', '--sample_interval=0']
+
+
+def run(folder, script, *args, timeout=300, **settings):
+    return subprocess.run([sys.executable, HERE / script, *map(str, args)], cwd=folder, capture_output=True, text=True,
+                          timeout=timeout, **settings)
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """As run, but in this process: the same script, without the seconds that loading torch takes"""
+    def call(folder, script, *args):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, 'argv', [str(HERE / script), *map(str, args)])
+        handlers, status = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, 0
+        capfd.readouterr()
+        try:
+            runpy.run_path(str(HERE / script), run_name='__main__')
+        except SystemExit as e:
+            status = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return SimpleNamespace(returncode=status, **dict(zip(('stdout', 'stderr'), capfd.readouterr())))
+    return call
+
+
+@pytest.fixture(scope='session')
+def home(tmp_path_factory):
+    """A folder with data/mine and data/short, and in out/tiny a model trained on the first"""
+    folder, rng = tmp_path_factory.mktemp('home'), random.Random(1)
+    words = 'the king and his caf\u00e9 do not go to Rome before we proceed any further hear me speak\n'.split(' ')
+    (folder / 'mine.txt').write_text(' '.join(rng.choices(words, k=12000)), encoding='utf-8', newline='')
+    (folder / 'short.txt').write_text('to be or not to be ' * 10)
+    for name in ('mine', 'short'):
+        done = run(folder, 'prepare.py', f'{name}.txt')
+        assert done.returncode == 0, done.stderr
+    done = run(folder, 'train.py', *TINY, '--dataset=mine')
+    assert done.returncode == 0, done.stderr
+    (folder / 'stdout').write_text(done.stdout)
+    (folder / 'stderr').write_text(done.stderr)
+    return folder
+
+
+@pytest.fixture
+def copy(home, tmp_path):
+    """A copy of home, to be changed"""
+    return shutil.copytree(home, tmp_path / 'copy')
+
+
+def metrics(folder, out='out/tiny'):
+    return [json.loads(line) for line in (folder / out / 'metrics.jsonl').read_text().splitlines()]
+
+
+def losses(folder, out='out/tiny'):
+    return {m['step']: m['loss'] for m in metrics(folder, out) if 'loss' in m}
+
+
+@pytest.fixture
+def trained(home, call):
+    """Trains in folder as home was, but for args -> losses {step: loss}"""
+    def trained(folder, *args, base=TINY, how=call):
+        done = how(folder, 'train.py', *base, f'--dataset={home / "data/mine"}', *args)
+        assert done.returncode == 0, done.stderr
+        return losses(folder)
+    return trained
+
+
+def ids(home, split):
+    return np.fromfile(home / f'data/mine/{split}.bin', '<u2').astype(np.int64)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+
+
+def weights(folder, step=STEPS):
+    return (folder / f'out/tiny/step-{step:06d}/model.safetensors').read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# config/
+
+
+@dataclass
+class Kinds:
+    """Of every type that a setting may have"""
+    count: int = 1                          # an int
+    rate: float = 0.5                       # a float
+    flag: bool = False                      # a bool
+    name: str = 'x'                         # a str
+    maybe: int | None = 3                   # an int or none
+    table: dict | None = None               # a dict or none
+    mode: Literal['auto', True, False] = 'auto'  # a choice
+
+
+@pytest.mark.parametrize('text, value', [
+    ('count=1e4', 10000), ('count=12', 12), ('count=-3', -3), ('rate=1', 1.0), ('rate=3e-4', 3e-4), ('flag=true', True),
+    ('flag=False', False), ('name=none', 'none'), ('name=12', '12'), ('name=', ''), ('name=a=b --c', 'a=b --c'),
+    ('maybe=none', None), ('maybe=1e3', 1000), ('table=none', None), ("table={'factor': 4.0}", {'factor': 4.0}),
+    ('mode=auto', 'auto'), ('mode=true', True), ('mode=false', False)])
+def test_values_get_the_type_of_their_setting_in_both_spellings(text, value):
+    name, _, word = text.partition('=')
+    for argv in ([f'--{text}'], [f'--{name}', word]):
+        (given,) = config.load(Kinds, argv=argv)
+        assert given == {name: value} and type(given[name]) is type(value)
+
+
+@pytest.mark.parametrize('text', ['count=1.5', 'count=true', 'count=none', 'count=inf', 'rate=fast', 'rate=true',
+                                  'flag=1', 'flag=maybe', 'maybe=x', 'table=3', 'mode=1', 'mode=never', 'count='])
+def test_a_value_of_the_wrong_type_is_refused_by_name_and_value(text):
+    name, _, word = text.partition('=')
+    with pytest.raises(ValueError, match=re.escape(f'{name}={word!r} on the command line: wanted ')):
+        config.load(Kinds, argv=[f'--{text}'])
+
+
+def test_later_settings_win_in_files_and_on_the_command_line(tmp_path):
+    (tmp_path / 'a.py').write_text('import math\n_half = 0.5\ncount = 1e3\nrate = _half * 2\nname = "a"')
+    (tmp_path / 'b.py').write_text('name = "b"')
+    a, b = map(str, (tmp_path / 'a.py', tmp_path / 'b.py'))
+    load = lambda *argv: config.load(Kinds, argv=argv)[0]
+    assert load(a) == {'count': 1000, 'rate': 1.0, 'name': 'a'}
+    assert load(a, b)['name'] == 'b' and load(b, a)['name'] == 'a'
+    assert load(a, '--name=c')['name'] == 'c' and load('--name=c', a)['name'] == 'a'
+    assert load('--count=1', '--count', '2') == {'count': 2}
+    assert load('--flag', a)['flag'] is True
+
+
+@pytest.mark.parametrize('text, line', [
+    ('learning_rte = 1', "train.py: unknown setting 'learning_rte' in my.py, did you mean 'learning_rate'?"),
+    ('max_steps = "many"', "train.py: max_steps='many' in my.py: wanted int"),
+    ('a = 1\nmax_steps = = 2', 'train.py: my.py, line 2: invalid syntax')])
+def test_a_mistake_in_a_config_file_is_one_line(tmp_path, call, text, line):
+    (tmp_path / 'my.py').write_text(text)
+    done = call(tmp_path, 'train.py', 'my.py')
+    assert (done.returncode, done.stdout, done.stderr) == (2, '', line + '\n')
+    assert list(files(tmp_path)) == ['my.py']
+
+
+def test_help_has_a_line_for_every_setting(tmp_path):
+    done = run(tmp_path, 'train.py', '--help')
+    rows = re.findall(r'^  --(\w+)=(.*?)  +(\S.*?)  +(\S.*)$', done.stdout, re.M)
+    assert done.returncode == 0 and not done.stderr
+    assert [r[0] for r in rows] == [f.name for c in (train.Settings, Config) for f in fields(c)]
+
+
+def test_no_setting_of_training_is_also_one_of_the_model():
+    assert not {f.name for f in fields(train.Settings)} & {f.name for f in fields(Config)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files in config/
+
+TOTALS = {'linear10': 10_095_744, 'smol135': 372_896_448, 'smol135_dense': 134_515_008, 'smol774': 774_291_888}
+
+
+def shape(name, **settings):
+    """The model of a config file, on the meta device"""
+    given, model_settings = config.load(train.Settings, Config, argv=[str(HERE / f'config/{name}.py')])
+    train.Settings(**given)
+    with torch.device('meta'):
+        return Transformer(Config(**{'vocab_size': 65, **model_settings}))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_file_says_how_many_parameters_it_has(name):
+    table, text = shape(name).parameter_table(), (HERE / f'config/{name}.py').read_text()
+    head = ' '.join(line.lstrip('# ') for line in text.partition('\nout_dir')[0].splitlines())
+    told = re.findall(r'([\d.,]*\d)([MB]?) (parameters)', head) + re.findall(r'([\d.]+)([MB]) (active)', head)
+    assert told[0][2] == 'parameters' and len(told) <= 2
+    for (number, unit, _), count in zip(told, (table['total'], table['active'])):
+        digits = len(number.partition('.')[2])
+        assert float(number.replace(',', '')) == round(count / {'': 1, 'M': 1e6, 'B': 1e9}[unit], digits)
+    assert table['total'] == sum(table.values()) - table['total'] - table['active'] == TOTALS.get(name, table['total'])
+
+
+def test_the_counts_are_the_known_ones():
+    table = shape('smol135').parameter_table()
+    parts = {'attention': 25_989_120, 'moe': 318_556_800, 'embedding': 28_311_552, 'norms': 38_976}
+    assert {k: n for k, n in table.items() if n and k not in ('total', 'active')} == parts
+    biases = [b.numel() for n, b in shape('linear10').named_buffers() if n.endswith('e_score_correction_bias')]
+    assert biases == [4] * 4
+    tiny, mini, shakespeare = (shape(n).parameter_table()['total'] / 1e9 for n in ('v3_tiny', 'v3_mini', 'shakespeare'))
+    assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.005
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_max_steps_0_prints_the_model_without_a_dataset(tmp_path, call, name):
+    done = call(tmp_path, 'train.py', HERE / f'config/{name}.py', '--max_steps=0')
+    assert done.returncode == 0 and not done.stderr and not files(tmp_path)
+    assert re.search(r'^parameters: total [\d,]+ \| active [\d,]+', done.stdout, re.M) and ' MB' in done.stdout
+    assert f'total {TOTALS.get(name, 0):,} ' in done.stdout or name not in TOTALS
+
+
+def slow(name):
+    skip = pytest.mark.skipif(not os.environ.get('NANOSEEK_SLOW'), reason='NANOSEEK_SLOW is not set')
+    return pytest.param(name, marks=skip)
+
+
+@pytest.mark.parametrize('name', [slow(n) if 'smol' in n else n for n in CONFIGS if n != 'v3_mini'])
+def test_a_config_file_takes_a_step(home, tmp_path, call, name):
+    done = call(tmp_path, 'train.py', HERE / f'config/{name}.py', *SMALL, f'--dataset={home / "data/mine"}',
+                '--block_size=32', '--out_dir=out/tiny')
+    assert done.returncode == 0, done.stderr
+    assert 0 < losses(tmp_path)[1] < 12 and (tmp_path / 'out/tiny/step-000001/model.safetensors').is_file()
+    shutil.rmtree(tmp_path / 'out')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_the_loss_falls(home):
+    uniform = math.log(len(set(ids(home, 'train'))))
+    assert losses(home)[1] > 0.9 * uniform and losses(home)[STEPS] < 0.75 * uniform
+    assert metrics(home)[-1]['val_loss'] < 0.75 * uniform
+
+
+def test_metrics_and_log_hold_what_was_promised(home):
+    keys = {'step', 'tokens', 'elapsed_s', 'loss', 'lr', 'grad_norm', 'step_ms', 'tok_per_s', 'mfu', 'memory_mb',
+            'moe/load_max', 'moe/load_min', 'moe/dead', 'mtp_loss', 'balance_loss'}
+    *steps, last = metrics(home)
+    assert [m['step'] for m in steps] == list(range(1, STEPS + 1)) and all(keys <= set(m) for m in steps)
+    assert [m['tokens'] for m in steps] == [4 * BLOCK * n for n in range(1, STEPS + 1)]
+    assert last['step'] == STEPS and {'elapsed_s', 'val_loss', 'val_bpb'} <= set(last)
+    assert all(0 < m['lr'] <= 1e-2 and 0 < m['grad_norm'] < 100 and 0 < m['memory_mb'] < 1e5 for m in steps)
+    assert (home / 'out/tiny/train.log').read_text() == (home / 'stdout').read_text()
+
+
+def test_a_run_in_which_nothing_is_wrong_has_nothing_on_stderr(home):
+    assert (home / 'stderr').read_text() == ''
+
+
+def test_settings_json_has_every_setting_and_the_versions(home):
+    found = json.loads((home / 'out/tiny/settings.json').read_text())
+    assert {f.name for c in (train.Settings, Config) for f in fields(c)} | {'python', 'torch', 'git'} <= set(found)
+    assert found['learning_rate'] == 1e-2 and found['vocab_size'] == len(set(ids(home, 'train')))
+
+
+@pytest.mark.parametrize('loader', ['transformers', 'model'])
+def test_the_validation_loss_is_that_of_the_saved_model(home, loader):
+    if loader == 'transformers':
+        auto = pytest.importorskip('transformers').AutoModelForCausalLM
+    load = auto.from_pretrained if loader == 'transformers' else Transformer.from_pretrained
+    model = load(home / f'out/tiny/step-{STEPS:06d}').eval()
+    tokens = torch.from_numpy(ids(home, 'val'))
+    W = (len(tokens) - 1) // BLOCK                          # windows side by side, what is left at the end is left out
+    x, y = (t[:W * BLOCK].view(W, BLOCK) for t in (tokens[:-1], tokens[1:]))
+    with torch.no_grad():
+        logits = model(x).logits if loader == 'transformers' else model(x)[0]
+    loss = F.cross_entropy(logits.double().flatten(0, 1), y.flatten()).item()
+    found = metrics(home)[-1]
+    assert abs(found['val_loss'] - loss) < 1e-5
+    text = (home / 'mine.txt').read_text(encoding='utf-8')
+    part = text[int(len(text) * 0.9):int(len(text) * 0.95)]
+    per_token = len(part.encode()) / len(tokens)
+    assert found['val_bpb'] == pytest.approx(loss / math.log(2) / per_token, abs=1e-4) and per_token > 1
+
+
+def test_the_same_command_again_gives_the_same_numbers(home, copy, trained):
+    assert trained(copy, '--resume=never', how=run) == losses(home)
+    assert [m['val_loss'] for m in metrics(copy) if 'val_loss' in m] == [metrics(home)[-1]['val_loss']]
+    assert weights(copy) == weights(home)
+
+
+def test_bfloat16_repeats_and_is_near_float32(home, tmp_path, trained):
+    first = trained(tmp_path, '--dtype=bfloat16')
+    assert trained(tmp_path, '--dtype=bfloat16', '--resume=never') == first != losses(home)
+    assert abs(first[STEPS] - losses(home)[STEPS]) < 0.1
+
+
+def test_float16_with_loss_scaling_is_near_float32(home, tmp_path, trained):
+    assert abs(trained(tmp_path, '--dtype=float16')[STEPS] - losses(home)[STEPS]) < 0.1
+
+
+def test_another_seed_gives_other_numbers_and_only_the_newest_checkpoints_are_kept(home, tmp_path, trained):
+    found = trained(tmp_path, '--seed=2', '--keep_checkpoints=2')
+    assert not set(found.values()) & set(losses(home).values())
+    assert sorted(p.name for p in (tmp_path / 'out/tiny').glob('*step*')) == ['step-000030', 'step-000040']
+
+
+def test_gradient_checkpointing_changes_nothing(home, tmp_path, trained):
+    found = trained(tmp_path, '--gradient_checkpointing=true')
+    assert all(abs(found[step] - loss) < 1e-5 for step, loss in losses(home).items())
+
+
+def test_four_micro_steps_of_two_equal_one_of_eight(tmp_path, trained):
+    dense = [*DENSE, '--attention=gqa', '--max_steps=20', '--resume=never']
+    whole = trained(tmp_path, '--batch_size=8', base=dense)
+    parts = trained(tmp_path, '--batch_size=2', '--global_batch_size=8', base=dense)
+    assert len(whole) == 20 and all(abs(parts[step] - whole[step]) < 1e-5 for step in whole)
+
+
+def test_going_on_from_a_checkpoint_equals_never_having_stopped(home, copy, trained):
+    for step in (30, 40):
+        shutil.rmtree(copy / f'out/tiny/step-{step:06d}')
+    (copy / 'out/tiny/.step-000030.tmp').mkdir()            # of a run that was killed while it saved
+    assert trained(copy, how=run) == losses(home) and weights(copy) == weights(home)
+    assert [m['step'] for m in metrics(copy)] == [m['step'] for m in metrics(home)]
+
+
+def test_going_on_repeats_the_dropout_of_the_run_that_was_not_stopped(tmp_path, trained):
+    base = [*DENSE, '--attention=gqa', '--max_steps=10', '--checkpoint_interval=5', '--dropout=0.3']
+    whole = trained(tmp_path, base=base)
+    shutil.rmtree(tmp_path / 'out/tiny/step-000010')
+    assert trained(tmp_path, base=base) == whole
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(home, tmp_path, name, trained):
+    command = [sys.executable, HERE / 'train.py', *TINY, f'--dataset={home / "data/mine"}']
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith('step     10/'):
+                process.send_signal(getattr(signal, name))
+                break
+        rest, errors = process.communicate(timeout=100)
+    assert process.returncode == 0 and f'{name}: stopped after step' in rest, errors
+    last = max(losses(tmp_path))
+    assert 10 <= last < STEPS and (tmp_path / f'out/tiny/step-{last:06d}/trainer/state.pt').is_file()
+    assert trained(tmp_path) == losses(home) and weights(tmp_path) == weights(home)
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(home, copy, call, trained):
+    before = losses(home)
+    done = call(copy, 'train.py', *TINY, '--dataset=mine')
+    assert done.returncode == 0 and '--max_steps=' in done.stdout and losses(copy) == before and not done.stderr
+    assert list(trained(copy, f'--max_steps={STEPS + 3}')) == list(range(1, STEPS + 4))
+    assert {step: losses(copy)[step] for step in before} == before
+
+
+def test_another_model_is_refused_where_a_run_goes_on(copy, call):
+    before = files(copy)
+    done = call(copy, 'train.py', *TINY, '--dataset=mine', '--kv_lora_rank=24')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and files(copy) == before
+    assert all(words in done.stderr for words in ('step-000040', 'kv_lora_rank=16', '24', '--resume=never'))
+
+
+def test_lr_at_is_what_was_computed_by_hand():
+    cosine = train.Settings(learning_rate=2.0, warmup_steps=10, max_steps=110, min_lr_frac=0.1)
+    for step, lr in {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 35: 1.73639610306789, 60: 1.1, 110: 0.2, 200: 0.2}.items():
+        assert train.lr_at(step, cosine) == pytest.approx(lr, rel=1e-12)
+    wsd = train.Settings(learning_rate=2.0, warmup_steps=0, max_steps=100, min_lr_frac=0.0, schedule='wsd',
+                         decay_frac=0.2)
+    for step, lr in {0: 2.0, 50: 2.0, 80: 2.0, 90: 1.0, 99: 0.1, 100: 0.0}.items():
+        assert train.lr_at(step, wsd) == pytest.approx(lr, abs=1e-12)
+
+
+@pytest.mark.parametrize('cxx', [slow(None), 'no-such-compiler'])
+def test_compile_gives_the_same_losses_or_goes_on_without_it(home, tmp_path, cxx, trained):
+    base = [*DENSE, '--attention=gqa', '--num_hidden_layers=1', '--max_steps=3', '--resume=never']
+    plain = trained(tmp_path, base=base)
+    env = {**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '1', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')}
+    try:
+        done = run(tmp_path, 'train.py', *base, f'--dataset={home / "data/mine"}', '--compile=true', timeout=60,
+                   env={**env, 'CXX': cxx} if cxx else env)
+    except subprocess.TimeoutExpired:
+        pytest.skip('compiling takes longer than 60 s here')
+    assert done.returncode == 0, done.stderr
+    assert not cxx or 'torch.compile does not work here' in done.stdout
+    assert all(abs(loss - plain[step]) < 1e-4 for step, loss in losses(tmp_path).items())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A checkpoint, and sample.py
+
+
+def test_a_checkpoint_is_complete_and_its_router_biases_have_moved(home):
+    from safetensors.torch import load_file
+    folder = home / f'out/tiny/step-{STEPS:06d}'
+    names = 'README.md config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json'
+    assert sorted(p.name for p in folder.iterdir()) == [*names.split(), 'trainer']
+    biases = [t for n, t in load_file(folder / 'model.safetensors').items() if n.endswith('e_score_correction_bias')]
+    assert len(biases) == 3 and all(b.dtype == torch.float32 and b.abs().max() >= 0.01 for b in biases)
+    card = (folder / 'README.md').read_text()
+    assert f'{STEPS * 4 * BLOCK:,}' in card and f'{metrics(home)[-1]["val_loss"]:.4f}' in card
+
+
+def test_transformers_generates_what_sample_does(home, call):
+    transformers = pytest.importorskip('transformers')
+    folder = home / f'out/tiny/step-{STEPS:06d}'
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = tokenizer('before we proceed', return_tensors='pt')['input_ids']
+    text = tokenizer.decode(model.generate(prompt, do_sample=False, max_new_tokens=30)[0])
+    done = call(home, 'sample.py', '--prompt=before we proceed', '--temperature=0', '--max_new_tokens=30')
+    assert done.returncode == 0 and done.stdout == text + '\n' and len(text) == 47
+
+
+def test_sample_repeats_itself_for_a_seed(home, call):
+    def sample(*args):
+        done = call(home, 'sample.py', '--prompt=the king', '--max_new_tokens=40', '--temperature=1', *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    first, two, stopped = sample(), sample('--num_samples=2').split('\n---\n'), sample('--stop=e', '--seed=3')
+    assert first.startswith('the king') and len(first) == 8 + 40 + 1 and sample() == first != sample('--seed=2')
+    assert two[0] + '\n' == first and two[1].startswith('the king') and two[1] != first and len(two[1]) == 49
+    assert len(stopped) < 49 and stopped[8:-1] + 'e' == sample('--seed=3')[8:len(stopped)]
+    assert sample('--temperature=0') == sample('--temperature=0', '--seed=2') == sample('--top_k=1')
+    assert len(sample('--max_new_tokens', 3 * CONTEXT)) == 8 + 3 * CONTEXT + 1          # further than the context
+    assert sample(f'--checkpoint=out/tiny/step-{STEPS:06d}') == first != sample('--checkpoint=out/tiny/step-000010')
+
+
+def test_a_prompt_comes_from_stdin_or_a_file_as_well(home, call):
+    (home / 'prompt.txt').write_text('caf\u00e9\nwe', encoding='utf-8')
+    args = ['--temperature=0', '--max_new_tokens=9']
+    direct = call(home, 'sample.py', '--prompt=caf\u00e9\nwe', *args).stdout
+    file = call(home, 'sample.py', '--prompt=@prompt.txt', *args).stdout
+    stdin = run(home, 'sample.py', '--prompt', '-', *args, input='caf\u00e9\nwe', encoding='utf-8',
+                env={**os.environ, 'PYTHONUTF8': '1'}).stdout
+    assert direct.startswith('caf\u00e9\nwe') and direct == file == stdin
+
+
+def test_smollm2_goes_on_as_transformers_has_it(tmp_path, call):
+    folder, transformers = os.environ.get('NANOSEEK_ASSETS'), pytest.importorskip('transformers')
+    if not folder or not (Path(folder) / 'smollm2/model.safetensors').exists():
+        pytest.skip('$NANOSEEK_ASSETS/smollm2 is not there')
+    folder = (Path(folder) / 'smollm2').resolve()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer('The capital of France is', return_tensors='pt')['input_ids']
+    text = tokenizer.decode(model.generate(prompt, do_sample=False, max_new_tokens=12)[0])
+    args = [f'--checkpoint={folder}', '--prompt=The capital of France is', '--temperature=0', '--max_new_tokens=12']
+    assert call(tmp_path, 'sample.py', *args).stdout == text + '\n'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize('script, args, words', [
+    ('train.py', '--dataset=nosuch', "data/nosuch|python prepare.py nosuch"),
+    ('train.py', '--dataset=short', "val|9 tokens|block_size=32|33"),
+    ('train.py', '--vocab_size=8', 'vocabulary|dataset=mine|vocab_size=8'),
+    ('train.py', '--block_size=128', 'block_size=128|max_position_embeddings=64'),
+    ('train.py', '--block_size=1', 'block_size=1|MTP'),
+    ('train.py', '--block_size=100000', 'block_size=100000|tokens'),
+    ('train.py', '--attention=gqa --num_attention_heads=3', 'num_attention_heads=3|hidden_size=32'),
+    ('train.py', '--num_experts_per_tok=5', 'num_experts_per_tok=5|at most 4'),
+    ('train.py', '--qk_rope_head_dim=7', 'qk_rope_head_dim=7|even'),
+    ('train.py', '--n_group=3', 'n_group=3|4 experts'),
+    ('train.py', '--global_batch_size=6', 'global_batch_size=6|multiple|batch_size=4'),
+    ('train.py', '--device=cuda:99', 'device=cuda:99|--device='),
+    ('train.py', '--device=quantum', 'device=quantum|--device='),
+    ('train.py', '--dtype=int8', "dtype='int8'|float32"),
+    ('train.py', '--learning_rate=-1', 'learning_rate=-1|above 0'),
+    ('train.py', '--learning_rte=1', "'learning_rte' on the command line, did you mean 'learning_rate'?"),
+    ('train.py', '--max_steps=-1', 'max_steps=-1|at least 0'), ('train.py', '--max_steps', '--max_steps needs a value'),
+    ('train.py', '--log_interval=0', 'log_interval=0|at least 1'), ('train.py', 'shakespear', "'shakespear'|.py"),
+    ('train.py', 'nosuch.py', "no config file 'nosuch.py'"), ('train.py', '--out_dir=mine.txt', 'mine.txt'),
+    ('train.py', '--resume=nosuchdir', 'resume=nosuchdir'),
+    ('train.py', '--init_from=nosuchdir', 'init_from=nosuchdir'),
+    ('train.py', '--sample_interval=1 --sample_prompt=\u03a9', "'\u03a9'|U+03A9"),
+    ('sample.py', '--checkpoint=nosuchdir', 'checkpoint=nosuchdir'), ('sample.py', '--checkpoint=data', 'config.json'),
+    ('sample.py', f'--prompt={"a" * CONTEXT}', f'{CONTEXT} tokens|{CONTEXT - 1}'),
+    ('sample.py', '--prompt=', '0 tokens'),
+    ('sample.py', '--prompt=\u03a9', "'\u03a9'|U+03A9"), ('sample.py', '--prompt=@latin1', 'UTF-8|0xe9|offset 3'),
+    ('sample.py', '--prompt=@nosuch', 'nosuch'), ('sample.py', '--top_p=2', 'top_p=2|at most 1'),
+    ('sample.py', '--temperature=-1', 'temperature=-1|at least 0'), ('sample.py', '--top_k=0', 'top_k=0|at least 1'),
+    ('sample.py', '--stop=king', "stop='king'"), ('sample.py', '--device=cuda:99', 'device=cuda:99'),
+    ('sample.py', '--dtype=int8', "dtype='int8'|float32")])
+def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(home, call, script, args, words):
+    (home / 'latin1').write_bytes(b'caf\xe9')
+    before = files(home)
+    command = [*TINY, '--dataset=mine', '--out_dir=out/other'] if script == 'train.py' else []
+    done = call(home, script, *command, *args.split(' '))
+    assert done.returncode == 2 and done.stderr.startswith(f'{script}: ') and done.stderr.count('\n') == 1, done.stderr
+    assert all(word in done.stderr for word in words.split('|')), done.stderr
+    assert not done.stdout and files(home) == before and not (home / 'out/other').exists()
+
+
+def test_mistakes_end_a_real_process_with_status_2(tmp_path):
+    for script, word in (('train.py', "python prepare.py shakespeare"), ('sample.py', '--checkpoint=DIR')):
+        done = run(tmp_path, script)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and word in done.stderr and not files(tmp_path)
