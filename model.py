@@ -433,7 +433,7 @@ class MTP(Block):
 
     def forward(self, h, embedded, rope):
         """h (B, T, D) of the depth before, after its norm, embedded (B, T, D) the tokens ahead -> (B, T, D), stats"""
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1))              # eq. 21
+        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1)).to(embedded.dtype)  # eq. 21
         x, stats = super().forward(x, rope)                                                 # eq. 22
         return self.shared_head['norm'](x), stats
 

@@ -65,6 +65,10 @@ def load(s):
     if not checkpoint.is_dir():
         raise ValueError(f'checkpoint={checkpoint}: no such folder')
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=best if s.device == 'auto' else s.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device={s.device}: not usable here ({str(e).splitlines()[0]}); --device={best} is') from e
     model = Transformer.from_pretrained(checkpoint, dtype=getattr(torch, s.dtype)).eval()
     tokenizer = load_tokenizer(checkpoint)
     ids = encode(tokenizer, read_prompt(s.prompt))
