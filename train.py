@@ -517,7 +517,8 @@ def log_step(run, step, load, norm, ms):
     mfu, memory = rate * run.model.flops_per_token(s.block_size) / run.peak, peak_memory(run.device)
     entry = {'step': step, 'tokens': step * tokens, 'elapsed_s': round(time.time() - STARTED, 2),
              'loss': losses['main'], 'lr': lr, 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
-             'mfu': round(mfu, 4), 'memory_mb': round(memory, 1), **{f'{k}_loss': v for k, v in losses.items() if k != 'main'}}
+             'mfu': round(mfu, 4), 'memory_mb': round(memory, 1)}
+    entry |= {f'{k}_loss': v for k, v in losses.items() if k != 'main'}
     experts, eta = '', (s.max_steps - step) * ms / 1e3
     if len(load):
         r = relative(load)
