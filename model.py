@@ -187,10 +187,10 @@ def attend(q, k, v, scale):
     (B, H, T, d), (G, S), dv = q.shape, k.shape[1:3], v.shape[-1]
     if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
         scores = (q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)             # (B, G, H/G*T, S)
-        if T > 1:
-            future = torch.full((T, S), float('-inf'), dtype=q.dtype, device=q.device).triu(S - T + 1)
-            scores = (scores.view(B, G, H // G, T, S) + future).view(B, G, -1, S)
-        return (scores.softmax(-1).to(v.dtype) @ v).view(B, H, T, dv)
+        future = torch.full((T, S), float('-inf'), dtype=q.dtype, device=q.device).triu(S - T + 1)
+        scores = (scores.view(B, G, H // G, T, S) + future).view(B, G, -1, S)
+        weights = scores.softmax(-1, dtype=torch.float32 if T < S else None)   # in training it would cost much
+        return (weights.to(v.dtype) @ v).view(B, H, T, dv)
     v = F.pad(v, (0, max(d - dv, 0)))                        # flash kernels want one head size for all three
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G != H)[..., :dv]
 
