@@ -325,7 +325,7 @@ class Router(nn.Module):
                 out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
                 choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
             ids = choice.topk(c.num_experts_per_tok, -1).indices
-        weights = affinity.gather(1, ids)
+        weights = affinity.gather(1, ids)                                                   # eq. 14
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # eq. 13
         return weights * c.routed_scaling_factor, ids, affinity
@@ -435,7 +435,7 @@ class MTP(Block):
         """h (B, T, D) of the depth before, after its norm, embedded (B, T, D) the tokens ahead -> (B, T, D), stats"""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1)).to(embedded.dtype)  # eq. 21
         x, stats = super().forward(x, rope)                                                 # eq. 22
-        return self.shared_head['norm'](x), stats
+        return self.shared_head['norm'](x), stats            # whose logits, by the shared head, are eq. 23
 
 # ------------------------------------------------------------------------------------------------------ Transformer
 def cross_entropy(h, weight, targets):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 # Idle OpenMP threads spin for long by default: with one other busy process on the machine, a training step on the CPU
-# then takes up to twenty times as long (see the README). Read when torch is loaded.
+# then takes ten times as long and more (see the README). Read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch

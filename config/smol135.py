@@ -1,7 +1,7 @@
 # DeepSeek-V3's parts on SmolLM2-135M's backbone: MLA with a latent of 128, and in each of the 30 layers one shared and
 # three routed experts of SmolLM2's own width, two of which are active. 372.9M parameters, 293.3M active per token.
 # Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 25 GB for 4 x 2048 tokens; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=64.
+# Needs about 25 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=64.
 # Expect a cache of 160 values per token and layer, where SmolLM2-135M keeps 384.
 out_dir = 'out/smol135'
 dataset = 'shakespeare'

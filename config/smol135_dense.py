@@ -1,6 +1,6 @@
 # SmolLM2-135M itself: Llama architecture, GQA (9 query heads on 3 key/value heads), tied. 134,515,008 parameters.
 # Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 11 GB for 4 x 2048 tokens; `--max_steps=0` prints the estimate for your batch.
+# Needs about 11 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch.
 # Expect the baseline that smol135.py and smol774.py are to be compared with: same backbone, same tokens.
 out_dir = 'out/smol135-dense'
 dataset = 'shakespeare'

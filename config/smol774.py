@@ -1,7 +1,7 @@
 # SmolLM2-135M's backbone with eight routed experts and one shared of width 1536, top-2, and an 8 times smaller latent:
 # 72 values for keys and values (and 32 for the rotated key) where the hidden state has 576. 774M parameters.
 # Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 32 GB for 4 x 2048 tokens; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=32.
+# Needs about 32 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=32.
 # The run is 10,000 steps, and 100 more from its last checkpoint: the same command again with --max_steps=10100.
 out_dir = 'out/smol774'
 dataset = 'shakespeare'

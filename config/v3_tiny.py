@@ -1,7 +1,7 @@
 # DeepSeek-V3's shape for one small GPU: MLA with q LoRA, one dense layer and then eleven with eight routed experts
 # (2 active) and a shared one, loss-free balancing, one MTP layer. 0.14B parameters.
 # Meant for a tokenizer of 32,000 tokens trained on the corpus (--tokenizer=bpe:32000); runs on any smaller vocabulary.
-# Needs about 8 GB for 8 x 1024 tokens; `--max_steps=0` prints the estimate for your batch. On a CPU try --block_size=64.
+# Needs about 8 GB for 8 x 1024 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=64.
 # Expect the place to try a change to DeepSeek's recipe before paying for it at scale.
 out_dir = 'out/v3-tiny'
 dataset = 'shakespeare'

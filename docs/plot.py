@@ -14,7 +14,8 @@ def read(run):
     return [json.loads(line) for line in open(Path(run) / 'metrics.jsonl')]
 
 def plot_loss(axis, name, train, val):
-    line, = axis.plot([m['step'] for m in train], [m['loss'] for m in train], alpha=0.5, lw=1, label=f'{name}, training')
+    line, = axis.plot([m['step'] for m in train], [m['loss'] for m in train], alpha=0.5, lw=1,
+                      label=f'{name}, training')
     end = f' ({val[-1]["val_bpb"]:.3f} bits per byte)' if val else ''
     axis.plot([m['step'] for m in val], [m['val_loss'] for m in val], 'o-', color=line.get_color(),
               label=f'{name}, validation{end}')
