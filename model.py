@@ -12,13 +12,14 @@ Dims, used in every shape comment
 
 Parameters carry Hugging Face's names (Llama, Glm4Moe, DeepseekV3); the experts are stacked, (E, out, in), until saved.
 """
-import json, math
+import json, math, sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +32,7 @@ MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok', 'moe_
 CLASSES = {'llama': 'LlamaForCausalLM', 'glm4_moe': 'Glm4MoeForCausalLM', 'deepseek_v3': 'DeepseekV3ForCausalLM'}
 OURS = 'nanoseek_'           # what model_type begins with for an attention that Hugging Face has no class for
 FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False, 'attention_dropout': 0.0}
-ONLY = {**FIXED, 'rope_interleave': True, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
+ONLY = {**FIXED, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
         'topk_method': 'noaux_tc', 'sliding_window': None, 'quantization_config': None, 'truncate': True}
 
 @dataclass
@@ -97,7 +98,7 @@ class Config:
                 raise ValueError(f'impossible model: {name}={getattr(self, name)}: {limit}')
 
     def to_hf(self):
-        """The dict of config.json, complete for transformers 4 and 5, vLLM and llama.cpp"""
+        """The dict of config.json, with the keys that transformers 4 and 5, vLLM and llama.cpp read"""
         mla, moe, d = self.attention == 'mla', self.n_routed_experts > 0, asdict(self)
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         kind = {'gqa': 'glm4_moe' if moe else 'llama', 'mla': 'deepseek_v3'}.get(self.attention, OURS + self.attention)
@@ -106,8 +107,7 @@ class Config:
         if mla:                                              # a dense one has nothing but leading dense layers
             d |= {'num_key_value_heads': self.num_attention_heads, 'rope_interleave': True}
             d |= {} if moe else {'first_k_dense_replace': layers, 'n_routed_experts': 2}
-        if mla or moe:                                       # what vLLM and llama.cpp ask for
-            d |= {'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'}
+        d |= {'scoring_func': 'sigmoid', 'topk_method': 'noaux_tc'} if mla or moe else {}       # for vLLM and llama.cpp
         rope = {'rope_type': 'default', **(self.rope_scaling or {}), 'rope_theta': self.rope_theta}
         if kind == 'glm4_moe':                               # whose default is a half
             rope['partial_rotary_factor'] = d['partial_rotary_factor'] = 1.0
@@ -223,26 +223,20 @@ class LinearAttention(GQA):
     flops = staticmethod(lambda c, T: c.num_attention_heads * 2 * (
         min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))              # the chunk, the state
 
-    def mix(self, q, k, v, cache, layer):
-        H, G, d = self.dims
-        q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, v.float()                     # positive weights
-        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)               # (B, H, T, d)
+    def mix(self, q, k, v, cache, layer, chunk=64):
+        """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12"""
+        (H, G, d), T, C = self.dims, q.shape[2], min(chunk, q.shape[2])
+        q, k = F.elu(q.float()) + 1, F.elu(k.float()) + 1                                   # positive weights
+        v = F.pad(v.float(), (0, 1), value=1.0)                                        # a column that sums the weights
+        k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)           # (B, H, T, d), (B, H, T, d+1)
         state = q.new_zeros(len(q), H, d, d + 1) if cache is None else cache.layers[layer][0].float()
         with torch.autocast(q.device.type, enabled=False):   # sums over the whole past: float32
-            y, state = linear_attention(q, k, v, state)
+            q, k, v = (F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))    # (B, H, T/C, C, d)
+            states = torch.cat((state[:, :, None], k.transpose(-1, -2) @ v), 2).cumsum(2)   # (B, H, T/C+1, d, d+1)
+            y = q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v                # earlier chunks, this one
         if cache is not None:
-            cache.layers[layer][0] = state
-        return y.to(compute_dtype(self.o_proj.weight))
-
-def linear_attention(q, k, v, state, chunk=64):
-    """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12
-    q, k, v (B, H, T, d), q, k positive, state (B, H, d, d+1) the sums over tokens before -> y (B, H, T, d), state"""
-    T, C = q.shape[2], min(chunk, q.shape[2])
-    v = F.pad(v, (0, 1), value=1.0)                                                    # a column that sums the weights
-    q, k, v = (F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))        # (B, H, T/C, C, d)
-    states = torch.cat((state[:, :, None], k.transpose(-1, -2) @ v), 2).cumsum(2)           # (B, H, T/C+1, d, d+1)
-    y = (q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v).flatten(2, 3)[:, :, :T]  # earlier chunks, this
-    return y[..., :-1] / y[..., -1:], states[:, :, -1]
+            cache.layers[layer][0] = states[:, :, -1]
+        return (y[..., :-1] / y[..., -1:]).flatten(2, 3)[:, :, :T].to(compute_dtype(self.o_proj.weight))
 
 class MLA(nn.Module):
     """Multi-head latent attention [1] 2.1.1: all that is cached is a latent of R dims and one rotated key"""
@@ -302,14 +296,13 @@ class MLP(nn.Module):                                        # SwiGLU
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = Linear(dim, width), Linear(dim, width), Linear(width, dim)
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None        # no stats, which MoE has
 
 class Router(nn.Module):
     """Chooses K of E experts for every token; float32 throughout, also under autocast and in a bfloat16 model"""
     def __init__(self, c):
         super().__init__()
-        self.config = c
-        self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
+        self.config, self.weight = c, nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
         self.register_buffer('e_score_correction_bias', torch.zeros(c.n_routed_experts))
 
     def forward(self, x):
@@ -385,17 +378,14 @@ class MoE(nn.Module):
     """Shared and routed experts. eq. 12"""
     def __init__(self, c):
         super().__init__()
-        self.alpha = c.seq_aux_loss_weight
-        self.gate, self.experts = Router(c), Experts(c)
+        self.alpha, self.gate, self.experts = c.seq_aux_loss_weight, Router(c), Experts(c)
         self.shared_experts = MLP(c.hidden_size, c.moe_intermediate_size * c.n_shared_experts)   # of width 0 where none
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D), (load (E,), balance loss)"""
-        rows = x.flatten(0, 1)
-        weights, ids, affinity = self.gate(rows)
-        y, load = self.experts(rows, weights, ids)
-        y = self.shared_experts(x) + y.view(x.shape)
-        return y, (load, self.balance_loss(affinity, ids, len(x)))
+        weights, ids, affinity = self.gate(x.flatten(0, 1))
+        y, load = self.experts(x.flatten(0, 1), weights, ids)
+        return self.shared_experts(x)[0] + y.view(x.shape), (load, self.balance_loss(affinity, ids, len(x)))
 
     def balance_loss(self, affinity, ids, B):
         """affinity (N, E), ids (N, K) -> the sequence-wise balance loss, mean over the B sequences. eq. 17-20"""
@@ -410,17 +400,15 @@ class Block(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = ATTENTION[c.attention](c)
+        self.self_attn, self.dropout = ATTENTION[c.attention](c), nn.Dropout(c.dropout)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         moe = c.n_routed_experts and layer >= c.first_k_dense_replace
         self.mlp = MoE(c) if moe else MLP(c.hidden_size, c.intermediate_size)
-        self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x, rope, cache=None, layer=None):
         """x (B, T, D) -> (B, T, D), stats: (load, balance loss) of an MoE layer, else none"""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, layer))
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, stats = y if isinstance(self.mlp, MoE) else (y, None)
+        y, stats = self.mlp(self.post_attention_layernorm(x))
         return x + self.dropout(y), stats
 
 class MTP(Block):
@@ -441,11 +429,25 @@ class MTP(Block):
 def cross_entropy(h, weight, targets):
     """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean in nats; the logits exist in chunks, and twice"""
     rows, total = max(2**26 // len(weight), 256), 0.0
-    def chunk_loss(h, targets):
-        return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=-100, reduction='sum')
+    total_loss = lambda h, t: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), t, reduction='sum')
     for chunk in zip(h.split(rows), targets.split(rows)):
-        total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if len(h) > rows else chunk_loss(*chunk))
+        total = total + (checkpoint(total_loss, *chunk, use_reentrant=False) if len(h) > rows else total_loss(*chunk))
     return total / (targets != -100).sum().clamp(min=1)
+
+def read_folder(directory, **overrides):
+    """-> Config, {tensor's name: (file, shape)} of the safetensors files, whether RoPE's rows are in Llama's order"""
+    where, file = {}, directory / 'config.json'
+    try:
+        d = json.loads(file.read_text(encoding='utf-8'))
+        config = Config.from_hf(d, **overrides)
+        for file in sorted(directory.glob('model.safetensors')) or sorted(directory.glob('model-*-of-*.safetensors')):
+            with safe_open(file, 'pt') as f:                 # raises if a byte is missing
+                where |= {name: (file, tuple(f.get_slice(name).get_shape())) for name in f.keys()}
+    except (ValueError, TypeError, AttributeError, SafetensorError) as e:
+        raise ValueError(f'{file} is damaged, or of no model that this is: {e}') from e
+    if not where:
+        raise ValueError(f'{directory} has no model*.safetensors, and pickles are not read')
+    return config, where, config.attention == 'mla' and not d.get('rope_interleave', True)
 
 class Transformer(nn.Module):
     def __init__(self, config):
@@ -455,29 +457,25 @@ class Transformer(nn.Module):
             raise ValueError('impossible model: vocab_size=0: must be at least 1')
         self.config, self.gradient_checkpointing, self.losses = config, False, {}
         self.dropout = nn.Dropout(config.dropout)
-        L, D = config.num_hidden_layers, config.hidden_size
+        L, M, D = config.num_hidden_layers, config.num_nextn_predict_layers, config.hidden_size
         self.model = nn.ModuleDict({
-            'embed_tokens': nn.Embedding(config.vocab_size, D),
-            'layers': nn.ModuleList([Block(config, i) for i in range(L)] +
-                                    [MTP(config, L + k) for k in range(config.num_nextn_predict_layers)]),
+            'embed_tokens': nn.Embedding.from_pretrained(torch.empty(config.vocab_size, D), freeze=False),
+            'layers': nn.ModuleList((Block if i < L else MTP)(config, i) for i in range(L + M)),
             'norm': nn.RMSNorm(D, config.rms_norm_eps)})
         self.lm_head = None if config.tie_word_embeddings else Linear(D, config.vocab_size)
         self.moe_layers = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, MoE)]
-        self.init_buffers()
+        with torch.device('cpu' if self.head.is_meta else self.head.device):    # _apply keeps them: see from_pretrained
+            rope = rope_table(config, config.qk_rope_head_dim if config.attention == 'mla' else config.head_dim)
+            self.register_buffer('rope', rope, persistent=False)
+            load = torch.zeros(len(self.moe_layers), config.n_routed_experts, dtype=torch.int64)
+            self.register_buffer('expert_load', load, persistent=False)     # (layers, E), since the biases' last update
         self.init_weights()
-
-    def init_buffers(self):
-        """RoPE's table, and expert_load (MoE layers, E): tokens per expert since the last update of the biases"""
-        c, load = self.config, torch.zeros(len(self.moe_layers), self.config.n_routed_experts, dtype=torch.int64)
-        rope = rope_table(c, c.qk_rope_head_dim if c.attention == 'mla' else c.head_dim)
-        self.register_buffer('rope', rope.to(self.head.device), persistent=False)
-        self.register_buffer('expert_load', load.to(self.head.device), persistent=False)
 
     def init_weights(self):
         """Normal with initializer_range; less what adds to the residual stream, by the number of additions (GPT-2)"""
         std, residual_std = (self.config.initializer_range / n for n in (1, (2 * self.config.num_hidden_layers) ** 0.5))
         for name, p in self.named_parameters():
-            if 'norm' not in name:
+            if 'norm' not in name and not p.is_meta:
                 nn.init.normal_(p, std=residual_std if 'o_proj' in name or 'down_proj' in name else std)
 
     def _apply(self, fn, recurse=True):
@@ -547,8 +545,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None):
-        """idx (B, T) -> yields the next tokens (B, 1), max_new_tokens times. A full context goes on from its last half.
-        temperature 0: the likeliest; top_k: among the k likeliest; top_p: among those that make up p"""
+        """idx (B, T) -> yields tokens (B, 1), max_new_tokens times. A full context goes on from its last half"""
         room, cache, new = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings), None, idx
         for _ in range(max_new_tokens):
             if cache is None or cache.length == room:
@@ -580,43 +577,47 @@ class Transformer(nn.Module):
             else:
                 yield name, t
 
-    def save_pretrained(self, directory, dtype=None, shard_bytes=5e9):
-        """A Hugging Face folder. dtype: of the weights on disk, theirs by default; the routers' biases stay float32"""
+    def snapshot(self, dtype=None):
+        """A checkpoint's tensors, copied to the CPU. dtype: theirs by default; the routers' biases stay float32"""
+        c, dtype, views, head = self.config, dtype or self.head.dtype, dict(self.named_views()), self.head.detach()
+        for i in range(c.num_hidden_layers, len(self.model.layers)):    # published MTP layers bring these along
+            views |= {f'model.layers.{i}.embed_tokens.weight': self.model.embed_tokens.weight.detach(),
+                      f'model.layers.{i}.shared_head.head.weight': head}
+        if c.attention == 'mla':                             # for engines whose DeepSeek ties nothing
+            views['lm_head.weight'] = head
+        return {n: t.to('cpu', t.dtype if n.endswith('bias') else dtype, copy=True) for n, t in views.items()}
+
+    def save_pretrained(self, directory, dtype=None, shard_bytes=5e9, state=None):
+        """A Hugging Face folder, sharded above shard_bytes. state: an earlier snapshot, which is written instead"""
         from huggingface_hub import save_torch_state_dict
-        directory, dtype = Path(directory), dtype or self.head.dtype
+        directory, state = Path(directory), state or self.snapshot(dtype)
         directory.mkdir(parents=True, exist_ok=True)
-        views = dict(self.named_views())
-        for k in range(self.config.num_hidden_layers, len(self.model.layers)):  # published MTP layers bring these along
-            views |= {f'model.layers.{k}.embed_tokens.weight': self.model.embed_tokens.weight.detach(),
-                      f'model.layers.{k}.shared_head.head.weight': self.head.detach()}
-        dtypes = {n: t.dtype if n.endswith('bias') else dtype for n, t in views.items()}
-        state = {n: t.to('cpu', dtypes[n], copy=True).contiguous() for n, t in views.items()}
         save_torch_state_dict(state, directory, max_shard_size=int(shard_bytes))
-        config = self.config.to_hf() | dict.fromkeys(('dtype', 'torch_dtype'), str(dtype).removeprefix('torch.'))
-        (directory / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+        dtypes = dict.fromkeys(('dtype', 'torch_dtype'), str(state['model.norm.weight'].dtype).removeprefix('torch.'))
+        (directory / 'config.json').write_text(json.dumps(self.config.to_hf() | dtypes, indent=2) + '\n')
 
     @classmethod
     def from_pretrained(cls, directory, dtype=torch.float32, **overrides):
         """A Llama, Glm4Moe or DeepseekV3 folder, or one of ours; overrides: fields of Config. One copy in memory"""
-        from safetensors import SafetensorError, safe_open
-        directory = Path(directory)
-        config = Config.from_hf(json.loads((directory / 'config.json').read_text(encoding='utf-8')), **overrides)
-        try:
-            files = [safe_open(file, 'pt') for file in directory.glob('model*.safetensors')]
-        except SafetensorError as e:
-            raise ValueError(f'{directory}: a safetensors file is damaged: {e}') from e
-        where = {name: f for f in files for name in f.keys()}
-        if config.num_nextn_predict_layers and f'model.layers.{config.num_hidden_layers}.eh_proj.weight' not in where:
-            print(f'{directory}: config.json promises MTP layers that the files lack: loaded without them')
+        config, where, halves = read_folder(directory := Path(directory), **overrides)
+        mtp = f'model.layers.{config.num_hidden_layers}.eh_proj.weight'
+        if config.num_nextn_predict_layers and mtp not in where and 'num_nextn_predict_layers' not in overrides:
+            print(f'{directory}: config.json promises MTP layers that no file has: loaded without', file=sys.stderr)
             config = replace(config, num_nextn_predict_layers=0)
         with torch.device('meta'):
             model = cls(config)
-        model.to(dtype).to_empty(device='cpu').init_buffers()
+        model.to(dtype)._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))
         for name, view in model.named_views():
-            found = tuple(where[name].get_slice(name).get_shape()) if name in where else 'in no model*.safetensors'
-            if found != tuple(view.shape):
-                raise ValueError(f'{directory}: {name} is {found}, the model wants {tuple(view.shape)}')
-            view.copy_(where[name].get_tensor(name))
+            file, shape = where.get(name, (None, 'in no model*.safetensors'))
+            if shape != tuple(view.shape):
+                raise ValueError(f'{directory}: {name} is {shape}, the model wants {tuple(view.shape)}')
+            for i in range(0, len(view), rows := max(2**22 * len(view) // max(view.numel(), 1), 1)):
+                with safe_open(file, 'pt') as f:             # what it has mapped counts as memory until it is closed
+                    view[i:i + rows].copy_(f.get_slice(name)[i:i + rows])
+            if halves and name.split('.')[-2].startswith(('q_proj', 'q_b_', 'kv_a_p')):
+                heads = view.unflatten(0, (1 if 'kv_a' in name else config.num_attention_heads, -1))
+                rows = heads[:, -config.qk_rope_head_dim:]   # what RoPE turns, in Llama's order: now in pairs
+                rows.copy_(rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2))
         return model
 
     def parameter_table(self):
@@ -633,17 +634,16 @@ class Transformer(nn.Module):
     def flops_per_token(self, T):
         """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
         c, table = self.config, self.parameter_table()
-        head = c.vocab_size * c.hidden_size * (1 + c.num_nextn_predict_layers)
-        weights = table['active'] - table['norms'] - table['embedding'] + head
+        heads = self.head.numel() * (1 + c.num_nextn_predict_layers)
+        weights = table['active'] - table['norms'] - table['embedding'] + heads
         return 6 * weights + 3 * len(self.model.layers) * ATTENTION[c.attention].flops(c, T)
 
 def sample(logits, temperature, top_k=None, top_p=None):
-    """logits (B, V) -> tokens (B, 1)"""
+    """logits (B, V) -> tokens (B, 1): the likeliest at temperature 0, else of the top_k and those that make up top_p"""
     if not temperature:
         return logits.argmax(-1, keepdim=True)
     logits, ids = (logits / temperature).sort(-1, descending=True)
-    if top_k:
-        logits[:, top_k:] = float('-inf')
+    logits[:, top_k or logits.shape[1]:] = float('-inf')
     if top_p is not None:
         p = logits.softmax(-1)
         logits[p.cumsum(-1) - p >= max(top_p, 1e-9)] = float('-inf')    # what comes before already makes up top_p

@@ -20,6 +20,8 @@ SPLITS = ('train', 'val', 'test')
 EOT = '<|endoftext|>'
 EOT_NAMES = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')  # in other people's tokenizers
 
+MODEL_FILES = ['config.json', 'model*.safetensors', 'tokenizer.json']   # what we read of a model on the Hub
+
 HERE = Path(__file__).resolve().parent
 CHAR_RNN = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 KNOWN = {   # name: its text, the text's sha256 if it may not change, where the splits are cut, license
@@ -97,17 +99,8 @@ def make_tokenizer(spec, text, train_text):
         return train_bpe(spec, train_text)
     if spec == 'gpt2':
         return gpt2_tokenizer()
-    file = spec
-    if not Path(spec).exists() and not spec.endswith('.json'):
-        import huggingface_hub
-        print(f"taking the tokenizer of '{spec}' from the Hugging Face Hub")
-        huggingface_hub.logging.set_verbosity_error()           # its retries would say the same five times
-        try:
-            file = huggingface_hub.hf_hub_download(spec, 'tokenizer.json')
-        except Exception as e:                                  # whatever its layers raise
-            raise ValueError(f"tokenizer '{spec}' is not char, bpe:N, gpt2, a folder or a tokenizer.json here, "
-                             f'and the Hugging Face Hub did not give it: {e}') from e
-    tokenizer = load_tokenizer(file)
+    here = Path(spec).exists() or spec.endswith('.json')
+    tokenizer = load_tokenizer(spec if here else hub_folder(spec, ['tokenizer.json']))
     if tokenizer.num_special_tokens_to_add(is_pair=False):
         tokenizer.post_processor = None     # no <bos> in the token files, so none before a prompt of the model either
     return tokenizer
@@ -298,18 +291,32 @@ def decode(tokenizer, ids):
     return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-def save_tokenizer(source, directory, eot_id, model_max_length):
+def save_tokenizer(source, directory, bos_id, eos_id, model_max_length):
     """Put the tokenizer.json of source (a folder) into directory, and a tokenizer_config.json with which transformers
-    4 and 5 make the same ids. eot_id (or None) becomes bos and eos, as in GPT-2; neither is added to a text."""
+    4 and 5 make the same ids. bos_id and eos_id may be None; neither is added to a text."""
     tokenizer, directory = load_tokenizer(source), Path(directory)
-    eot = {} if eot_id is None else dict.fromkeys(('bos_token', 'eos_token'), tokenizer.id_to_token(eot_id))
+    named = {'bos_token': bos_id, 'eos_token': eos_id}
+    named = {name: tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
     keys = ('content', 'lstrip', 'normalized', 'rstrip', 'single_word', 'special')
     added = {i: {key: getattr(t, key) for key in keys} for i, t in tokenizer.get_added_tokens_decoder().items()}
     about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-             'add_bos_token': False, 'add_eos_token': False, 'model_max_length': model_max_length, **eot,
+             'add_bos_token': False, 'add_eos_token': False, 'model_max_length': model_max_length, **named,
              'added_tokens_decoder': added}
     (directory / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
     (directory / 'tokenizer_config.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
+
+def hub_folder(name, files):
+    """A folder here, or those files of a repository of the Hugging Face Hub -> Path"""
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name) or '/' in name and Path(name).parent.is_dir():
+        raise ValueError(f"'{name}': no such folder, and not the form of a Hub id")
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()               # its retries would say the same five times
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as e:                                      # whatever its layers raise
+        raise ValueError(f"'{name}' is no folder here, and the Hugging Face Hub did not give it: {e}") from e
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: tokens
@@ -342,6 +349,21 @@ class TokenData:
         if hashlib.sha256(read_file(file)).hexdigest() != tokenizer_sha256:
             raise ValueError(f'{file} is not the one that made the tokens: {run} again')
         self.splits = {split: np.memmap(self.directory / f'{split}.bin', self.dtype, 'r') for split in sizes}
+
+    def check(self, size=1 << 24):
+        """Reads all tokens. ValueError for one that is not in the vocabulary"""
+        for split, ids in self.splits.items():
+            for start in range(0, len(ids), size):
+                if (block := ids[start:start + size]).max() >= self.vocab_size:
+                    at = start + int((block >= self.vocab_size).argmax())
+                    raise ValueError(f'{self.directory / split}.bin: token {ids[at]} at byte '
+                                     f'{at * self.dtype.itemsize:,} is not in the vocabulary of {self.vocab_size:,}: '
+                                     'run prepare.py again')
+
+    def fingerprint(self):
+        """What tells datasets apart: the name, and a checksum of text, tokenizer and splits"""
+        parts = [self.meta[k] for k in ('tokenizer', 'splits', 'dtype')] + [self.meta['source'].get('sha256')]
+        return f'{self.meta["source"]["name"]} {zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}'
 
     def tokens(self, split):
         if split not in self.splits:

@@ -1,11 +1,12 @@
 """Generate text from a checkpoint.
 
     python sample.py --prompt "Before we proceed"           # the newest checkpoint under out/
-    python sample.py --checkpoint=out/shakespeare/step-001000 --temperature=0 --max_new_tokens=100
+    python sample.py --checkpoint=out/shakespeare/step-000750 --temperature=0 --max_new_tokens=100
+    python sample.py --checkpoint=HuggingFaceTB/SmolLM2-135M --prompt "The capital of France is"
     cat scene.txt | python sample.py --prompt=-              # - reads stdin, @scene.txt a file
 
-A checkpoint is any Hugging Face folder of a Llama, Glm4Moe or DeepseekV3 model with its tokenizer.json. Text appears as
-it is generated, on stdout; everything else goes to stderr.
+A checkpoint is any Llama, Glm4Moe or DeepseekV3 model with its tokenizer.json, in a folder or on the Hugging Face Hub.
+Text appears as it is generated, on stdout; everything else goes to stderr.
 """
 import os, signal, sys, time
 from dataclasses import dataclass
@@ -18,13 +19,13 @@ import torch
 
 import config
 from model import Transformer
-from prepare import decode, encode, load_tokenizer
+from prepare import MODEL_FILES, decode, encode, hub_folder, load_tokenizer
 
 @dataclass
 class Settings:
     """Settings of sample.py"""
     prompt: str = '\n'              # text to go on from; -: stdin; @FILE: a file's
-    checkpoint: str = ''            # a model's folder; if empty the newest checkpoint under out/
+    checkpoint: str = ''            # a model's folder or Hub id; if empty the newest checkpoint under out/
     num_samples: int = 1            # how many texts, one after the other
     max_new_tokens: int = 500       # tokens of each
     temperature: float = 0.8        # 0: always the likeliest token; above 1: wilder
@@ -61,9 +62,7 @@ def read_prompt(prompt):
 
 def load(s):
     """-> model, tokenizer, prompt's ids (1, T), id of the stop token or None"""
-    checkpoint = Path(s.checkpoint) if s.checkpoint else newest_checkpoint()
-    if not checkpoint.is_dir():
-        raise ValueError(f'checkpoint={checkpoint}: no such folder')
+    checkpoint = hub_folder(s.checkpoint, MODEL_FILES) if s.checkpoint else newest_checkpoint()
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=best if s.device == 'auto' else s.device)
@@ -78,7 +77,7 @@ def load(s):
     stop = model.config.eos_token_id if s.stop is None else tokenizer.token_to_id(s.stop)
     if s.stop is not None and stop is None:
         raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
-    print(f'{checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
+    print(f'{s.checkpoint or checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
     model = model.to(best if s.device == 'auto' else s.device)
     return model, tokenizer, torch.tensor([ids], device=model.head.device), stop
 

@@ -1,6 +1,7 @@
 """Tests of model.py, each named after what must hold. What they compare with is independent of it: float64, loops over
 tokens and experts, transformers (skipped where it is not installed), torch's FLOP counter, numbers computed by hand."""
-import json, math
+import json, math, os, shutil, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Block, Cache, Config, Experts, Transformer, cross_entropy, rope_table, sample
+from test_prepare import asset
 
 pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')         # no shared experts: width 0
 
@@ -466,6 +468,7 @@ HF = {'llama': ('Llama', GQA),
                                        'rope_parameters': {**YARN, 'rope_theta': 5000.0}}),
       'deepseek-dense': ('DeepseekV3', {**GROUPS, **MLA, 'first_k_dense_replace': 3, 'num_nextn_predict_layers': 0}),
       'deepseek-unshared': ('DeepseekV3', {**GROUPS, **MLA, 'n_shared_experts': 0})}
+HF |= {f'{k}-halves': ('DeepseekV3', {**HF[k][1], 'rope_interleave': False}) for k in ('deepseek', 'deepseek-yarn')}
 
 
 def load_theirs(directory, ours):
@@ -476,36 +479,76 @@ def load_theirs(directory, ours):
     return theirs, {kind: keys for kind, keys in info.items() if keys}
 
 
+def greedy(theirs, idx):
+    theirs.generation_config.eos_token_id = None             # or rows would end and be padded
+    mask = torch.ones_like(idx)
+    return theirs.generate(idx, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
+
+
+def paired(name, rows, dr=8):
+    """Rows that transformers turns as halves, of one head or six: of the last dr, i goes to 2i, i + dr/2 to 2i + 1"""
+    if not any(part in name for part in ('q_proj', 'q_b_proj', 'kv_a_proj_with_mqa')):
+        return rows
+    out, size = rows.clone(), len(rows) // (1 if 'kv_a' in name else 6)
+    for first in range(size - dr, len(rows), size):
+        for i in range(dr // 2):
+            out[first + 2 * i], out[first + 2 * i + 1] = rows[first + i], rows[first + i + dr // 2]
+    return out
+
+
 @pytest.mark.parametrize('kind', HF)
-def test_transformers_models_load_with_equal_logits_and_gradients_and_go_back(kind, tmp_path):
+def test_transformers_models_load_with_equal_logits_and_gradients_and_go_back(kind, tmp_path, capsys):
     transformers, (name, settings), (idx, targets) = pytest.importorskip('transformers'), HF[kind], batch()
     torch.manual_seed(8)
     config = getattr(transformers, f'{name}Config')(**SIZES, **settings)
     theirs = shake(getattr(transformers, f'{name}ForCausalLM')(config))
     theirs.save_pretrained(tmp_path / 'theirs')
-    ours = Transformer.from_pretrained(tmp_path / 'theirs').eval()
+    capsys.readouterr()
+    ours, said = Transformer.from_pretrained(tmp_path / 'theirs').eval(), ''.join(capsys.readouterr())
+    promised = config.to_dict().get('num_nextn_predict_layers')
+    assert said.count('MTP layers') == said.count('\n') == bool(promised) and not ours.config.num_nextn_predict_layers
+    if promised:                                             # and asked for, they are missed by name
+        refused('model.layers.3. (48,)', Transformer.from_pretrained, tmp_path / 'theirs', num_nextn_predict_layers=1)
     close(ours(tokens())[0], theirs(tokens()).logits)
     grads = {name: g for name, g in gradients(ours, idx, targets)[1].items() if g.numel()}
     F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten()).backward()
     wanted = {name: p.grad for name, p in theirs.named_parameters() if p.numel()}
     assert wanted.keys() == grads.keys()                     # transformers stacks the experts too
     for name in wanted:
-        close(grads[name], wanted[name], 1e-4)
+        close(grads[name], paired(name, wanted[name]) if 'halves' in kind else wanted[name], 1e-4)
     ours.save_pretrained(tmp_path / 'ours')
     again, wrong = load_theirs(tmp_path / 'ours', ours)
+    interleave = json.loads((tmp_path / 'ours/config.json').read_text()).get('rope_interleave')
+    assert interleave is (True if 'deepseek' in kind else None)
     assert type(again) is type(theirs) and not wrong
 
 
 @pytest.mark.parametrize('attention, feed', [(a, f) for a in ATTENTIONS if a != 'linear' for f in FEEDS])
-@pytest.mark.parametrize('tied, mtp', [(True, 0), (False, 0), (True, 1), (False, 2)])
-def test_our_models_load_in_transformers_and_generate_the_same(attention, feed, tied, mtp, tmp_path):
+@pytest.mark.parametrize('tied, mtp, lengths', [(True, 0, [7]), (False, 0, [1, 30]), (True, 1, [7]), (False, 2, [7])])
+def test_our_models_load_in_transformers_and_generate_the_same(attention, feed, tied, mtp, lengths, tmp_path):
     ours = make(attention, feed, tie_word_embeddings=tied, num_nextn_predict_layers=mtp, eos_token_id=11)
     ours.save_pretrained(tmp_path)
-    (theirs, wrong), idx = load_theirs(tmp_path, ours), tokens(length=7)
+    theirs, wrong = load_theirs(tmp_path, ours)
     assert {name.split('.')[2] for name in wrong.pop('unexpected_keys', ())} == set('34'[:mtp]) and not wrong
-    theirs.generation_config.eos_token_id = None             # or rows would end and be padded
-    out = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=64, do_sample=False, pad_token_id=0)
-    assert torch.equal(ours.generate(idx, 64), out)
+    for idx in (tokens(length=length) for length in lengths):
+        assert torch.equal(ours.generate(idx, 64), greedy(theirs, idx))
+
+
+@pytest.mark.parametrize('attention', ['gqa', 'mla', 'mla-qlora-yarn'])
+def test_config_json_has_two_spellings_and_either_is_enough(attention, tmp_path):
+    yarn = ATTENTIONS[attention].get('rope_scaling')
+    ours = make(attention, 'groups', rope_theta=500.0, bos_token_id=3, eos_token_id=11)
+    ours.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    old, new = dict(rope_theta=500.0, rope_scaling=yarn, torch_dtype='float32'), ('rope_parameters', 'dtype')
+    wanted = dict(old, dtype='float32', num_nextn_predict_layers=0, scoring_func='sigmoid', topk_method='noaux_tc',
+                  bos_token_id=3, eos_token_id=11)
+    assert wanted.items() <= config.items()
+    assert (yarn or {'rope_type': 'default'}).items() | {('rope_theta', 500.0)} <= config['rope_parameters'].items()
+    for gone in (old, new):
+        (tmp_path / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if k not in gone}))
+        assert torch.equal(Transformer.from_pretrained(tmp_path).eval()(tokens())[0], ours(tokens())[0])
+        assert not load_theirs(tmp_path, ours)[1]
 
 
 @kinds
@@ -543,6 +586,55 @@ def test_bfloat16_files_keep_float32_router_biases(tmp_path):
     saved, loaded = dict(model.named_views()), dict(again.named_views())
     assert all(torch.equal(loaded[name], saved[name].to(loaded[name].dtype)) for name in saved)
     assert all(torch.equal(b, dict(again.named_buffers())[name]) for name, b in model.named_buffers())
+
+
+# ------------------------------------------------------------------------------------------------- SmolLM2-135M, itself
+
+def test_smollm2_has_its_known_loss_and_goes_on_as_in_transformers():
+    transformers, tokenizers = pytest.importorskip('transformers'), pytest.importorskip('tokenizers')
+    folder, text = asset('smollm2'), Path(asset('tinyshakespeare.txt')).read_bytes().decode()[-111_540:]
+    tokenizer = tokenizers.Tokenizer.from_file(f'{folder}/tokenizer.json')
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours, losses, both = Transformer.from_pretrained(folder).eval(), [], 8 if os.environ.get('NANOSEEK_SLOW') else 2
+    with torch.no_grad():
+        for x, y in zip(ids[:8192].split(1024), ids[1:8193].split(1024)):                   # windows, each on its own
+            losses.append(ours(x[None], y[None])[1].item())
+            if len(losses) <= both:
+                assert losses[-1] == pytest.approx(F.cross_entropy(theirs(x[None]).logits[0], y).item(), abs=1e-4)
+    assert sum(losses) / 8 == pytest.approx(3.396, abs=1e-3)                                # theirs: 3.39587
+    assert torch.equal(ours.generate(ids[None, :9], 64), greedy(theirs, ids[None, :9]))
+
+
+def test_smollm2_goes_through_files_unchanged(tmp_path):
+    load_file, dtypes = pytest.importorskip('safetensors.torch').load_file, (torch.float32, torch.bfloat16)
+    wanted = load_file(Path(asset('smollm2')) / 'model.safetensors')
+    for dtype in dtypes:
+        Transformer.from_pretrained(asset('smollm2')).save_pretrained(tmp_path / 'a', dtype=dtype)
+        saved, again = load_file(tmp_path / 'a/model.safetensors'), Transformer.from_pretrained(tmp_path / 'a', dtype)
+        assert saved.keys() == wanted.keys() and all(torch.equal(saved[n], t.to(dtype)) for n, t in wanted.items())
+        assert all(torch.equal(t, saved[n]) and t.dtype == dtype for n, t in again.state_dict().items())
+        again.save_pretrained(tmp_path / 'b')
+        assert (tmp_path / 'a/model.safetensors').read_bytes() == (tmp_path / 'b/model.safetensors').read_bytes()
+    for name in 'ab':
+        shutil.rmtree(tmp_path / name)
+
+
+MEMORY = '''import sys, torch
+from model import Transformer
+status = lambda key: next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
+before = status('VmRSS')
+model = Transformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+print((status('VmHWM') - before) / sum(p.nbytes for p in model.parameters()))'''
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc is of Linux')
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_loading_needs_the_memory_of_the_weights_alone(dtype):
+    """In a process of its own, by its peak; not by ru_maxrss, which begins at that of the process which started it"""
+    done = subprocess.run([sys.executable, '-c', MEMORY, asset('smollm2'), dtype], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    assert not done.returncode and 0.98 < float(done.stdout) <= 1.15, done
 
 
 # -------------------------------------------------------------------------------------------- What a user may get wrong

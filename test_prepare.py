@@ -202,11 +202,11 @@ def test_saved_tokenizer_is_transformers_own(tmp_path, spec):
         folder.mkdir()
         if model_type:
             (folder / 'config.json').write_text(json.dumps({'model_type': model_type}))
-        save_tokenizer(data.directory, folder, data.eot_id, 123)
+        save_tokenizer(data.directory, folder, 1, data.eot_id, 123)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert theirs(text)['input_ids'] == encode(tokenizer, text)
         assert theirs.decode(theirs(text)['input_ids']) == text
-        assert theirs.eos_token_id == data.eot_id and theirs.model_max_length == 123
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.model_max_length) == (1, data.eot_id, 123)
         assert len(theirs) == data.vocab_size
         assert encode(load_tokenizer(folder), NASTY) == encode(tokenizer, NASTY)
 
@@ -335,7 +335,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     (('good.txt', '--tokenizer=bpe:0'), ["'bpe:0'", '257', 'bpe:1024']),
     (('good.txt', '--tokenizer=bpe:256'), ["'bpe:256'", '257']),
     (('good.txt', '--tokenizer=bpe:x'), ["'bpe:x'", 'whole number']),
-    (('good.txt', '--tokenizer=nosuch/hub-id'), ["'nosuch/hub-id'", 'char, bpe:N, gpt2', 'Hub']),
+    (('good.txt', '--tokenizer=nosuch/hub-id'), ["'nosuch/hub-id'", 'no folder', 'Hub']),
     (('good.txt', '--tokenizer=no/tokenizer.json'), ["no file 'no/tokenizer.json'"]),
     (('good.txt', '--tokenizer=.'), ['tokenizer.json']),
     (('good.txt', '--tokenizer=good.txt'), ["'good.txt' is not a tokenizer"]),

@@ -1,7 +1,7 @@
 """Tests of train.py, sample.py and config/, by running them as users do. Trained is a model of 34,000 parameters on
 a made-up text. What needs SmolLM2-135M looks in the folder $NANOSEEK_ASSETS (smollm2/) and is skipped without it;
 NANOSEEK_SLOW=1 also takes a step with each of the larger configurations, and compiles a model."""
-import json, math, os, random, re, runpy, shutil, signal, subprocess, sys
+import json, math, os, pickle, random, re, runpy, shutil, signal, subprocess, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 import config, train
 from model import Config, Transformer
+from test_prepare import asset
 
+os.environ['HF_HUB_OFFLINE'] = '1'                          # read when huggingface_hub is loaded, here and in processes
 HERE = Path(train.__file__).resolve().parent
-CONFIGS = sorted(p.stem for p in (HERE / 'config').glob('[!_]*.py'))
+CONFIGS = sorted(p.stem for p in (HERE / 'config').glob('[!_]*.py') if p.stem != 'smol135_finetune')  # has no model
 STEPS, BLOCK, CONTEXT = 40, 32, 64
 DENSE = ['--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2', f'--max_position_embeddings={CONTEXT}',
          '--initializer_range=0.1', f'--block_size={BLOCK}', '--batch_size=4', '--learning_rate=1e-2',
@@ -93,8 +95,8 @@ def trained(home, call):
     return trained
 
 
-def ids(home, split):
-    return np.fromfile(home / f'data/mine/{split}.bin', '<u2').astype(np.int64)
+def ids(home, split, dataset='mine'):
+    return np.fromfile(home / f'data/{dataset}/{split}.bin', '<u2').astype(np.int64)
 
 
 def files(folder):
@@ -264,19 +266,21 @@ def test_settings_json_has_every_setting_and_the_versions(home):
     assert found['learning_rate'] == 1e-2 and found['vocab_size'] == len(set(ids(home, 'train')))
 
 
+def validation_loss(model, tokens):
+    tokens, W = torch.from_numpy(tokens), (len(tokens) - 1) // BLOCK    # windows side by side, the rest is left out
+    x, y = (t[:W * BLOCK].view(W, BLOCK) for t in (tokens[:-1], tokens[1:]))
+    with torch.no_grad():
+        logits = model(x)[0] if isinstance(model, Transformer) else model(x).logits
+    return F.cross_entropy(logits.double().flatten(0, 1), y.flatten()).item()
+
+
 @pytest.mark.parametrize('loader', ['transformers', 'model'])
 def test_the_validation_loss_is_that_of_the_saved_model(home, loader):
     if loader == 'transformers':
         auto = pytest.importorskip('transformers').AutoModelForCausalLM
     load = auto.from_pretrained if loader == 'transformers' else Transformer.from_pretrained
-    model = load(home / f'out/tiny/step-{STEPS:06d}').eval()
-    tokens = torch.from_numpy(ids(home, 'val'))
-    W = (len(tokens) - 1) // BLOCK                          # windows side by side, what is left at the end is left out
-    x, y = (t[:W * BLOCK].view(W, BLOCK) for t in (tokens[:-1], tokens[1:]))
-    with torch.no_grad():
-        logits = model(x).logits if loader == 'transformers' else model(x)[0]
-    loss = F.cross_entropy(logits.double().flatten(0, 1), y.flatten()).item()
-    found = metrics(home)[-1]
+    model, tokens = load(home / f'out/tiny/step-{STEPS:06d}').eval(), ids(home, 'val')
+    loss, found = validation_loss(model, tokens), metrics(home)[-1]
     assert abs(found['val_loss'] - loss) < 1e-5
     text = (home / 'mine.txt').read_text(encoding='utf-8')
     part = text[int(len(text) * 0.9):int(len(text) * 0.95)]
@@ -363,6 +367,53 @@ def test_another_model_is_refused_where_a_run_goes_on(copy, call):
     assert all(words in done.stderr for words in ('step-000040', 'kv_lora_rank=16', '24', '--resume=never'))
 
 
+# .ci/checkpoint-v1 is out/v1/step-000004 of
+#   python prepare.py shakespeare && python train.py `what is in V1` --out_dir=out/v1
+# by the train.py of the commit that added it; so are the numbers.
+V1 = ('--hidden_size=16 --num_hidden_layers=2 --num_attention_heads=2 --q_lora_rank=4 --kv_lora_rank=6 '
+      '--qk_nope_head_dim=2 --qk_rope_head_dim=4 --v_head_dim=4 --intermediate_size=8 --n_routed_experts=3 '
+      '--n_shared_experts=1 --moe_intermediate_size=8 --first_k_dense_replace=1 --num_nextn_predict_layers=1 '
+      '--max_position_embeddings=32 --initializer_range=0.1 --block_size=32 --batch_size=4 --warmup_steps=2 '
+      '--learning_rate=1e-2 --max_steps=6 --checkpoint_interval=4 --eval_interval=4 --log_interval=1 --device=cpu '
+      '--dtype=float32').split()
+V1_LOSSES, V1_VAL_4, V1_VAL_6 = {5: 3.752951, 6: 3.714631}, 3.755566, 3.675756
+
+
+def test_a_checkpoint_of_version_1_is_read_and_goes_on(tmp_path, call):
+    old = shutil.copytree(HERE / '.ci/checkpoint-v1', tmp_path / 'v1')
+    assert call(tmp_path, 'prepare.py', 'shakespeare').returncode == 0
+    loss = validation_loss(Transformer.from_pretrained(old).eval(), ids(tmp_path, 'val', 'shakespeare'))
+    assert loss == pytest.approx(V1_VAL_4, abs=1e-3)
+    done = call(tmp_path, 'train.py', *V1, '--out_dir=out/tiny', '--resume=v1')
+    assert done.returncode == 0 and losses(tmp_path) == pytest.approx(V1_LOSSES, abs=1e-3), done.stderr
+    assert metrics(tmp_path)[-1]['val_loss'] == pytest.approx(V1_VAL_6, abs=1e-3)
+
+
+def test_smollm2_is_fine_tuned_on_its_own_tokens_alone(home, tmp_path, call):
+    folder, data, script = asset('smollm2'), tmp_path / 'data/shakespeare-smollm2', HERE / 'config/smol135_finetune.py'
+    transformers, text = pytest.importorskip('transformers'), 'ROMEO:\nWherefore art thou?\n'
+    args = [script, f'--init_from={folder}', '--out_dir=out/tiny', '--device=cpu', '--dtype=float32']
+    small = ['--block_size=64', '--batch_size=2', '--eval_steps=2', '--log_interval=1', '--sample_interval=0']
+    done = call(tmp_path, 'train.py', *args, '--max_steps=0')
+    assert done.returncode == 0 and 'LlamaForCausalLM' in done.stdout and 'total 134,515,008 ' in done.stdout
+    assert call(tmp_path, 'prepare.py', 'shakespeare', f'--tokenizer={folder}', f'--out_dir={data}').returncode == 0
+    done = call(tmp_path, 'train.py', *args, *small, f'--dataset={home / "data/mine"}', '--max_steps=3')
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and not (tmp_path / 'out').exists(), done
+    assert all(words in done.stderr for words in (f'init_from={folder}', 'data/mine', 'prepare.py', '--tokenizer='))
+    done = call(tmp_path, 'train.py', *args, *small, '--max_steps=3')
+    assert done.returncode == 0 and losses(tmp_path)[1] < 6, done       # ln(49152) = 10.8
+    assert metrics(tmp_path)[-1]['val_loss'] < 4.5
+    last = tmp_path / 'out/tiny/step-000003'
+    theirs, ours = transformers.AutoModelForCausalLM.from_pretrained(last), Transformer.from_pretrained(last)
+    idx, original = (transformers.AutoTokenizer.from_pretrained(f)(text)['input_ids'] for f in (last, folder))
+    assert idx == original
+    with torch.no_grad():
+        idx = torch.tensor([idx])
+        a, b, before = ours(idx)[0], theirs(idx).logits, Transformer.from_pretrained(folder)(idx)[0]
+    assert (a - b).abs().max() < 1e-3 < 1e-2 < (a - before).abs().max()
+    shutil.rmtree(tmp_path / 'out')
+
+
 def test_lr_at_is_what_was_computed_by_hand():
     cosine = train.Settings(learning_rate=2.0, warmup_steps=10, max_steps=110, min_lr_frac=0.1)
     for step, lr in {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 35: 1.73639610306789, 60: 1.1, 110: 0.2, 200: 0.2}.items():
@@ -439,10 +490,7 @@ def test_a_prompt_comes_from_stdin_or_a_file_as_well(home, call):
 
 
 def test_smollm2_goes_on_as_transformers_has_it(tmp_path, call):
-    folder, transformers = os.environ.get('NANOSEEK_ASSETS'), pytest.importorskip('transformers')
-    if not folder or not (Path(folder) / 'smollm2/model.safetensors').exists():
-        pytest.skip('$NANOSEEK_ASSETS/smollm2 is not there')
-    folder = (Path(folder) / 'smollm2').resolve()
+    folder, transformers = asset('smollm2'), pytest.importorskip('transformers')
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer('The capital of France is', return_tensors='pt')['input_ids']
@@ -476,9 +524,11 @@ def test_smollm2_goes_on_as_transformers_has_it(tmp_path, call):
     ('train.py', '--log_interval=0', 'log_interval=0|at least 1'), ('train.py', 'shakespear', "'shakespear'|.py"),
     ('train.py', 'nosuch.py', "no config file 'nosuch.py'"), ('train.py', '--out_dir=mine.txt', 'mine.txt'),
     ('train.py', '--resume=nosuchdir', 'resume=nosuchdir'),
-    ('train.py', '--init_from=nosuchdir', 'init_from=nosuchdir'),
+    ('train.py', '--init_from=nosuchdir', "'nosuchdir'|Hub"), ('train.py', '--init_from=out/nowhere', "'out/nowhere'"),
+    ('train.py', '--dataset=short --block_size=4 --init_from=out/tiny/step-000040', 'dataset=short|init_from=out/tiny'),
     ('train.py', '--sample_interval=1 --sample_prompt=\u03a9', "'\u03a9'|U+03A9"),
-    ('sample.py', '--checkpoint=nosuchdir', 'checkpoint=nosuchdir'), ('sample.py', '--checkpoint=data', 'config.json'),
+    ('sample.py', '--checkpoint=nosuch/hub-id', "'nosuch/hub-id'|Hub"),
+    ('sample.py', '--checkpoint=out/nowhere', "'out/nowhere'"), ('sample.py', '--checkpoint=data', 'config.json'),
     ('sample.py', f'--prompt={"a" * CONTEXT}', f'{CONTEXT} tokens|{CONTEXT - 1}'),
     ('sample.py', '--prompt=', '0 tokens'),
     ('sample.py', '--prompt=\u03a9', "'\u03a9'|U+03A9"), ('sample.py', '--prompt=@latin1', 'UTF-8|0xe9|offset 3'),
@@ -496,7 +546,62 @@ def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(home, call, scri
     assert not done.stdout and files(home) == before and not (home / 'out/other').exists()
 
 
+class Executed:
+    """What makes a file if it is unpickled"""
+    def __reduce__(self):
+        return open, ('executed', 'w')
+
+
+def reshaped(content):
+    from safetensors.torch import load, save
+    return save({**load(content), 'model.norm.weight': torch.ones(33)})
+
+
+@pytest.mark.parametrize('name, change, words', [
+    ('config.json', lambda b: b.replace(b'"hidden_size"', b'"size"'), 'config.json|hidden_size is missing'),
+    ('config.json', lambda b: b[:-9], 'config.json|damaged'), ('config.json', lambda b: b'[]', 'config.json'),
+    ('model.safetensors', lambda b: b[:-1000], 'model.safetensors|damaged'),
+    ('model.safetensors', reshaped, 'model.norm.weight|(33,)|(32,)'),
+    ('model.safetensors', lambda b: pickle.dumps(Executed()), 'model.safetensors|damaged'),
+    ('pytorch_model.bin', lambda b: pickle.dumps(Executed()), 'safetensors')])
+@pytest.mark.parametrize('script, option', [('train.py', '--init_from'), ('sample.py', '--checkpoint')])
+def test_a_damaged_folder_is_one_line_and_nothing_of_it_is_executed(copy, call, script, option, name, change, words):
+    folder = copy / f'out/tiny/step-{STEPS:06d}'
+    old = folder / name.replace('pytorch_model.bin', 'model.safetensors')
+    content = change(old.read_bytes())
+    old.unlink()
+    (folder / name).write_bytes(content)
+    before = files(copy)
+    command = ['--dataset=mine', '--out_dir=out/other', f'--block_size={BLOCK}', '--max_steps=1', '--device=cpu']
+    done = call(copy, script, f'{option}={folder}', *(command if script == 'train.py' else []))
+    assert done.returncode == 2 and done.stderr.startswith(f'{script}: ') and done.stderr.count('\n') == 1, done.stderr
+    assert all(word in done.stderr for word in words.split('|')), done.stderr
+    assert not done.stdout and files(copy) == before
+
+
+@pytest.mark.parametrize('version, write, words', [
+    (1, lambda f: pickle.dump(Executed(), f, 2), 'state.pt cannot be read'),                # 1 had no checksums
+    (1, lambda f: torch.save(Executed(), f), 'state.pt cannot be read'),
+    (1, lambda f: f.write(b'PK'), 'state.pt cannot be read'), (999, lambda f: None, 'version is 999|knows 2'),
+    (2, lambda f: f.write(b'PK'), 'damaged|trainer/state.pt')], ids=['pickle', 'saved', 'cut', 'version', 'checksum'])
+def test_a_trainer_state_that_is_code_or_of_another_version_is_refused(copy, call, version, write, words):
+    folder = copy / f'out/tiny/step-{STEPS:06d}'
+    settings = json.loads((folder / 'trainer/settings.json').read_text())
+    (folder / 'trainer/settings.json').write_text(json.dumps({**settings, 'version': version}))
+    manifest = json.loads((folder / 'trainer/manifest.json').read_text())
+    manifest['trainer/settings.json'] = train.checksum(folder / 'trainer/settings.json')
+    (folder / 'trainer/manifest.json').write_text(json.dumps(manifest))
+    with open(folder / 'trainer/state.pt', 'wb') as f:
+        write(f)
+    before = files(copy)
+    done = call(copy, 'train.py', *TINY, '--dataset=mine', f'--max_steps={STEPS + 1}', f'--resume={folder}')
+    assert done.returncode == 2 and done.stderr.startswith('train.py: ') and done.stderr.count('\n') == 1, done.stderr
+    assert all(word in done.stderr for word in words.split('|')) and files(copy) == before, done.stderr
+
+
 def test_mistakes_end_a_real_process_with_status_2(tmp_path):
-    for script, word in (('train.py', "python prepare.py shakespeare"), ('sample.py', '--checkpoint=DIR')):
-        done = run(tmp_path, script)
+    unplugged = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}
+    for script, args, word in (('train.py', [], 'python prepare.py shakespeare'), ('sample.py', [], '--checkpoint=DIR'),
+                               ('sample.py', ['--checkpoint=HuggingFaceTB/SmolLM2-135M'], 'Connection refused')):
+        done = run(tmp_path, script, *args, env=unplugged)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and word in done.stderr and not files(tmp_path)

@@ -6,7 +6,8 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import importlib.util, json, math, os, platform, shutil, signal, subprocess, sys, time
+import importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time, zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,12 +19,15 @@ from typing import Literal
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
 
 import config
-from model import Config, Transformer
-from prepare import TokenData, decode, encode, load_tokenizer, save_tokenizer
+from model import Config, Transformer, read_folder
+from prepare import MODEL_FILES, TokenData, decode, encode, hub_folder, load_tokenizer, save_tokenizer
 
 STARTED = time.time()
+VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
 
 @dataclass
 class Settings:
@@ -56,17 +60,20 @@ class Settings:
     sample_interval: int = 0            # steps between text samples; 0: none
     sample_prompt: str = '\n'           # what they begin with
     checkpoint_interval: int = 500      # steps between checkpoints; there is always one at the end
-    keep_checkpoints: int = 2           # the newest ones stay; 0: all
+    keep_checkpoints: int = 2           # the newest ones stay, and the best by validation loss; 0: all
+    max_minutes: float | None = None    # stop after this time with a checkpoint; none: no limit
+    max_bad_steps: int = 5              # so many non-finite steps in a row, and the run goes back to a checkpoint
+    max_rollbacks: int = 3              # so often; then it stops
     resume: str = 'auto'                # auto: from out_dir's newest checkpoint; never: start over; or a checkpoint
-    init_from: str | None = None        # start from the weights of this Hugging Face folder
+    init_from: str | None = None        # start from the weights of this Hugging Face folder or Hub id
     wandb: bool = False                 # also log to Weights & Biases
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
     def __post_init__(self):
         rules = {'at least 1': (lambda v: v >= 1, 'batch_size block_size log_interval eval_interval '
-                                                  'checkpoint_interval'),
+                                                  'checkpoint_interval max_bad_steps'),
                  'at least 0': (lambda v: v >= 0, 'global_batch_size max_steps warmup_steps eval_steps sample_interval '
-                                                  'keep_checkpoints grad_clip weight_decay'),
+                                                  'keep_checkpoints max_rollbacks grad_clip weight_decay'),
                  'above 0': (lambda v: v > 0, 'learning_rate eps'),
                  'at least 0 and at most 1': (lambda v: 0 <= v <= 1, 'min_lr_frac decay_frac'),
                  'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2')}
@@ -139,17 +146,29 @@ def peak_memory(device):
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
-def build_model(s, model_settings, data):
-    """-> the model in float32 on the CPU: fresh, or from init_from"""
+def plan(given, folder, data):
+    """-> the Config that is asked for: the given settings, on top of those of the model in folder where there is one"""
+    if folder:
+        return read_folder(Path(folder), **given)[0]
+    own = {'vocab_size': 256}
+    if data:
+        own = {'vocab_size': data.vocab_size, 'bos_token_id': data.eot_id, 'eos_token_id': data.eot_id}
+    return Config(**{**own, **given})
+
+def build_model(s, given, found, data):
+    """-> the model in float32 on the CPU: that of the checkpoint found, else init_from's, else a fresh one"""
+    folder = found or s.init_from and hub_folder(s.init_from, MODEL_FILES)
+    config = plan(given, folder, data)
+    check_sizes(s, config, data)
     torch.manual_seed(s.seed)
-    if s.init_from:
-        if not Path(s.init_from).is_dir():
-            raise ValueError(f'init_from={s.init_from}: no such folder; download the model first')
-        model = Transformer.from_pretrained(s.init_from, **model_settings)
-    else:
-        model = Transformer(Config(**{'eos_token_id': data.eot_id, **model_settings,
-                                      'vocab_size': model_settings.get('vocab_size') or data.vocab_size}))
-    check_sizes(s, model.config, data)
+    if not folder:
+        return Transformer(config)
+    if not found:
+        check_tokenizer(s, folder, data)
+        return Transformer.from_pretrained(folder, **given)
+    model = Transformer.from_pretrained(found)
+    for name in given:
+        check_same(found, name, getattr(model.config, name), getattr(config, name))
     return model
 
 def parameter_groups(model, weight_decay):
@@ -166,6 +185,17 @@ def check_sizes(s, c, data):
     if s.block_size > c.max_position_embeddings:
         raise ValueError(f'block_size={s.block_size} is above max_position_embeddings={c.max_position_embeddings}: '
                          'lower the one or raise the other')
+
+def check_tokenizer(s, folder, data):
+    """A model knows its own tokens only: the same ids that mean something else would train, and badly"""
+    if not (folder / 'tokenizer.json').is_file():
+        return
+    theirs = load_tokenizer(folder)
+    for token, i in load_tokenizer(data.directory).get_vocab().items():
+        if theirs.token_to_id(token) != i:
+            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, where '
+                             f'{token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
+                             f'{data.meta["source"]["name"]} --tokenizer={s.init_from} --out_dir=data/NAME')
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
@@ -201,13 +231,11 @@ def sample_text(model, tokenizer, s, device, amp):
 class Log:
     """The terminal and train.log, metrics.jsonl, and Weights & Biases and TensorBoard where asked for"""
     def __init__(self, s, step, resolved):
-        self.dir, self.wandb, self.tensorboard = Path(s.out_dir), None, None
+        self.dir, self.wandb, self.tensorboard, self.metrics = Path(s.out_dir), None, None, None
         self.dir.mkdir(parents=True, exist_ok=True)
-        metrics = self.dir / 'metrics.jsonl'
-        if metrics.exists():    # a resumed run repeats no step
-            lines = [line for line in metrics.read_text().splitlines() if line.endswith('}')]
-            metrics.write_text(''.join(line + '\n' for line in lines if json.loads(line)['step'] <= step))
-        self.metrics, self.text = open(metrics, 'a'), open(self.dir / 'train.log', 'a')
+        self.rewind(step)
+        self.text = open(self.dir / 'train.log', 'a')
+        self.bar = tqdm(total=s.max_steps, initial=step, file=sys.stdout, disable=None, leave=False, unit='step')
         if s.wandb:
             import wandb
             self.wandb = wandb.init(project='nanoseek', name=self.dir.name, id=f'{self.dir.name}-{s.seed}',
@@ -216,8 +244,25 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(self.dir / 'tensorboard')
 
+    def rewind(self, step, events=False):
+        """metrics.jsonl without what comes after step, which a run that goes on from there repeats; events may stay"""
+        kept, path = [], self.dir / 'metrics.jsonl'
+        if self.metrics:
+            self.metrics.close()
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+                kept += [line + '\n'] if entry['step'] <= step or events and 'event' in entry else []
+            except ValueError:      # cut off when the process was killed
+                pass
+        tmp = path.with_name('.metrics.tmp')
+        tmp.write_text(''.join(kept))
+        os.replace(tmp, path)
+        self.metrics = open(path, 'a')
+
     def say(self, line):
-        print(line, flush=True)
+        self.bar.write(line, file=sys.stdout)       # above the progress bar, which only a terminal has
+        sys.stdout.flush()
         self.text.write(line + '\n')
         self.text.flush()
 
@@ -231,7 +276,7 @@ class Log:
             self.tensorboard.add_scalar(k, v, values['step'])
 
     def close(self):
-        for f in (self.metrics, self.text, self.tensorboard):
+        for f in (self.bar, self.metrics, self.text, self.tensorboard):
             f and f.close()
         if self.wandb:
             self.wandb.finish()
@@ -241,8 +286,10 @@ def memory_estimate(s, c, dtype):
     pass. Counted, not guessed: a forward pass on fake tensors, which have shapes and no storage."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept, B, T = {}, s.batch_size, s.block_size
+    even = {name: -(-getattr(c, name) // 8) * 8 for name in ('hidden_size', 'moe_intermediate_size')}
     with FakeTensorMode():
-        model = Transformer(c).train()
+        count = sum(p.numel() for p in Transformer(c).parameters())
+        model = Transformer(replace(c, **even)).train()     # a grouped matmul of fake tensors wants such widths
         model.gradient_checkpointing = s.gradient_checkpointing
         own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
@@ -256,7 +303,45 @@ def memory_estimate(s, c, dtype):
         activations = sum(storage.nbytes() for storage in kept.values()) * (2 if dtype == torch.float32 else 1)
         activations += len(model.model.layers) * B * T * c.hidden_size * 4 * s.gradient_checkpointing
         logits = min(B * T, max(2**26 // c.vocab_size, 256)) * c.vocab_size * 8     # a chunk's, and their gradient
-        return 16 * sum(p.numel() for p in model.parameters()), activations + logits
+        return 16 * count, activations + logits
+
+def memory_limit(device):
+    """Bytes that this process may have on the device"""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[1]
+    if sys.platform == 'win32':
+        return math.inf
+    import resource
+    group, limit = Path('/sys/fs/cgroup/memory.max'), resource.getrlimit(resource.RLIMIT_AS)[0]
+    text = group.read_text().strip() if group.exists() else ''      # a container's limit
+    return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), limit if limit > 0 else math.inf,
+               int(text) if text.isdigit() else math.inf)
+
+def smaller(s, c, dtype, device):
+    """Settings that would need less memory, and how much, by memory_estimate"""
+    mb = lambda **changes: sum(memory_estimate(replace(s, **changes), c, dtype)) / 2**20
+    now, have = mb(), memory_limit(device) / 2**20
+    enough, found = min(0.9 * have, 0.8 * now), []
+    for name, least in (('batch_size', 1), ('block_size', 1 + c.num_nextn_predict_layers)):
+        sizes = [n for i in range(1, 20) if (n := getattr(s, name) >> i) >= least]
+        if sizes:
+            n = next((n for n in sizes if mb(**{name: n}) <= enough), sizes[-1])
+            same = f' --global_batch_size={s.global_batch_size or s.batch_size}' if name == 'batch_size' else ''
+            found.append(f'--{name}={n}{same} ({mb(**{name: n}):,.0f} MB)')
+    if not s.gradient_checkpointing:
+        found.append(f'--gradient_checkpointing=true ({mb(gradient_checkpointing=True):,.0f} MB)')
+    return (f'{s.batch_size} x {s.block_size} tokens need about {now:,.0f} MB, {device} has {have:,.0f}; less: '
+            + ', '.join(found or ['a smaller model']))
+
+def architecture(c):
+    """Config -> a line for people"""
+    kind = {'mla': 'MLA', 'gqa': 'GQA'}.get(c.attention, f'{c.attention} attention')
+    if c.n_routed_experts:
+        kind += (f' + MoE ({c.n_shared_experts} shared, {c.num_experts_per_tok} of {c.n_routed_experts} routed experts '
+                 f'of width {c.moe_intermediate_size})')
+    mtp = f' + {c.num_nextn_predict_layers} MTP' if c.num_nextn_predict_layers else ''
+    return (f'{kind}, {c.num_hidden_layers} layers{mtp}, hidden {c.hidden_size}, {c.num_attention_heads} heads, '
+            f'vocabulary {c.vocab_size:,}')
 
 def describe(s, c, dtype):
     """Lines that say what the model is, its parameters, and the memory that a training step needs"""
@@ -264,13 +349,7 @@ def describe(s, c, dtype):
         model = Transformer(c)
     table, order = model.parameter_table(), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
     states, activations = memory_estimate(s, c, dtype)
-    kind = {'mla': 'MLA', 'gqa': 'GQA'}.get(c.attention, f'{c.attention} attention')
-    if c.n_routed_experts:
-        kind += (f' + MoE ({c.n_shared_experts} shared, {c.num_experts_per_tok} of {c.n_routed_experts} routed experts '
-                 f'of width {c.moe_intermediate_size})')
-    yield (f'{c.to_hf()["architectures"][0]}: {kind}, {c.num_hidden_layers} layers'
-           f'{f" + {c.num_nextn_predict_layers} MTP" if c.num_nextn_predict_layers else ""}, hidden {c.hidden_size}, '
-           f'{c.num_attention_heads} heads, vocabulary {c.vocab_size:,}')
+    yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
     yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
     yield (f'a training step: {model.flops_per_token(s.block_size) / 1e6:,.1f} MFLOP per token, about '
            f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and AdamW, '
@@ -279,72 +358,190 @@ def describe(s, c, dtype):
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 def checkpoints(out_dir):
-    """The complete checkpoints of a run, oldest first"""
-    found = [p for p in Path(out_dir).glob('step-*') if p.name[5:].isdigit() and (p / 'trainer' / 'state.pt').is_file()]
+    """The checkpoints of a run by their steps, oldest first, whole or damaged"""
+    found = [p for p in Path(out_dir).glob('step-*') if p.name[5:].isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]))
 
-def save_checkpoint(s, model, optimizer, scaler, step, data, about):
-    """out_dir/step-N: a Hugging Face model and in trainer/ what only training needs. Complete before it has its name"""
-    final = Path(s.out_dir) / f'step-{step:06d}'
-    tmp = final.with_name(f'.{final.name}.tmp')
+def checksum(file):
+    """-> size, CRC-32"""
+    value = 0
+    with open(file, 'rb') as f:
+        while block := f.read(2**20):
+            value = zlib.crc32(block, value)
+        return [f.tell(), value]
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint's files, or None; reads all of them"""
+    try:
+        folder = checkpoint / 'trainer'
+        version = json.loads((folder / 'settings.json').read_text()).get('version', 1)
+        if version > VERSION:
+            return f'its version is {version}, this train.py knows {VERSION}'
+        if version == 1:
+            return None if (folder / 'state.pt').is_file() else 'no trainer/state.pt'
+        for name, wanted in json.loads((folder / 'manifest.json').read_text()).items():
+            if (found := checksum(checkpoint / name)) != wanted:
+                return f'{name} has {found[0]:,} bytes and checksum {found[1]}, not {wanted[0]:,} and {wanted[1]}'
+    except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
+        return str(e)
+
+def newest(out_dir, say):
+    """The newest whole checkpoint, or None; say hears of damaged ones. ValueError where all are damaged"""
+    for checkpoint in reversed(found := checkpoints(out_dir)):
+        if (problem := damage(checkpoint)) is None:
+            return checkpoint
+        say(f'{checkpoint} is damaged ({problem}): going back to the one before')
+    if found:
+        raise ValueError(f'no checkpoint in {out_dir} is whole: start over with --resume=never')
+
+def cpu_copy(x):
+    """A copy on the CPU of all tensors in dicts and lists, which training cannot change any more"""
+    if isinstance(x, dict):
+        return {k: cpu_copy(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [cpu_copy(v) for v in x]
+    return x.detach().to('cpu', copy=True) if isinstance(x, torch.Tensor) else x
+
+def save_checkpoint(run, evaluated):
+    """Copies the state, and writes it as out_dir/step-N in the background. evaluated: the validation loss is of now"""
+    finish_writing(run)
+    s, c, began = run.s, run.model.config, time.perf_counter()
+    state = {'version': VERSION, 'step': run.step, 'skipped': run.skipped, 'rollbacks': run.rollbacks,
+             'history': run.history, 'about': run.about, 'optimizer': run.optimizer.state_dict(),
+             'scaler': run.scaler.state_dict(), 'rng': {'cpu': torch.get_rng_state()}}
+    if run.device.type != 'cpu':
+        state['rng'][run.device.type] = torch.get_device_module(run.device).get_rng_state()
+    settings = {**asdict(s), **asdict(c), **run.identity, 'version': VERSION,
+                'val_loss': run.about['validation'] if evaluated else None}
+    card = model_card(s, run.model, run.step, run.data, run.about)
+    final = Path(s.out_dir) / f'step-{run.step:06d}'
+    run.writing = run.pool.submit(write_checkpoint, final, run, cpu_copy(state), run.model.snapshot(), settings, card)
+    run.paused = time.perf_counter() - began
+
+def write_checkpoint(final, run, state, weights, settings, card):
+    """-> a line that says so. A folder has its final name only when all of it is on the disk"""
+    began, tmp, c = time.perf_counter(), final.with_name(f'.{final.name}.tmp'), run.model.config
+    if broken := [name for name, t in weights.items() if not t.isfinite().all()]:
+        return f'{final} is not written: {broken[0]} is not finite'
     shutil.rmtree(tmp, ignore_errors=True)
-    model.save_pretrained(tmp)
-    save_tokenizer(data.directory, tmp, model.config.eos_token_id, model.config.max_position_embeddings)
-    ids = {k: v for k in ('bos_token_id', 'eos_token_id') if (v := getattr(model.config, k)) is not None}
-    (tmp / 'generation_config.json').write_text(json.dumps({**ids, 'do_sample': True, 'temperature': 0.8}) + '\n')
-    (tmp / 'README.md').write_text(model_card(s, model, step, data, about))
-    (tmp / 'trainer').mkdir()
-    rng = {'cpu': torch.get_rng_state(), **({'cuda': torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
-    state = {'version': 1, 'step': step, 'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'rng': rng}
-    torch.save(state, tmp / 'trainer' / 'state.pt')
-    (tmp / 'trainer' / 'settings.json').write_text(json.dumps({**asdict(s), **asdict(model.config)}, indent=1) + '\n')
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(tmp, final)
-    for old in checkpoints(s.out_dir)[:-s.keep_checkpoints or None] if s.keep_checkpoints else ():
-        shutil.rmtree(old)
-    return final
+    try:
+        run.model.save_pretrained(tmp, state=weights)
+        save_tokenizer(run.data.directory, tmp, c.bos_token_id, c.eos_token_id, c.max_position_embeddings)
+        ids = {k: v for k in ('bos_token_id', 'eos_token_id') if (v := getattr(c, k)) is not None}
+        texts = {'README.md': card, 'trainer/settings.json': json.dumps(settings, indent=1) + '\n',
+                 'generation_config.json': json.dumps({**ids, 'do_sample': True, 'temperature': 0.8}) + '\n'}
+        (tmp / 'trainer').mkdir()
+        for name, text in texts.items():
+            (tmp / name).write_text(text)
+        with open(tmp / 'trainer' / 'state.pt', 'wb') as f:
+            torch.save(state, f)
+        files = [p for p in sorted(tmp.rglob('*')) if p.is_file()]
+        manifest = {p.relative_to(tmp).as_posix(): checksum(p) for p in files}
+        (tmp / 'trainer' / 'manifest.json').write_text(json.dumps(manifest, indent=1) + '\n')
+        for path in (*tmp.rglob('*'), tmp):
+            flush(path)
+        remove(final)
+        os.replace(tmp, final)
+        flush(final.parent)
+        prune(final.parent, run.s.keep_checkpoints)
+    except (OSError, RuntimeError, SafetensorError) as e:       # a full disk, as the three libraries put it
+        free = shutil.disk_usage(tmp).free >> 20
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f'{final} could not be written with {free:,} MB free there ({e}): the checkpoints before it are '
+                      'whole, and the same command goes on from them') from e
+    return f'saved {final} in {time.perf_counter() - began:.1f} s'
+
+def flush(path):
+    """Waits until a file, or the names in a folder, are on the disk"""
+    if path.is_dir() and os.name == 'nt':
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+def remove(checkpoint):
+    """Under another name first: whenever this is interrupted, no half checkpoint stays"""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f'.{checkpoint.name}.old.tmp')
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(checkpoint, gone)
+        shutil.rmtree(gone)
+
+def prune(out_dir, keep):
+    """Leaves the newest checkpoints, and of those that were evaluated the one with the lowest validation loss"""
+    found, losses = checkpoints(out_dir) if keep else [], {}
+    for checkpoint in found:
+        loss = json.loads((checkpoint / 'trainer' / 'settings.json').read_text()).get('val_loss')
+        losses |= {loss: checkpoint} if loss is not None else {}
+    for old in found[:-keep]:
+        if not losses or old != losses[min(losses)]:
+            remove(old)
+
+def finish_writing(run):
+    """Waits for the checkpoint that is being written; OSError where that failed"""
+    if run.writing:
+        run.log.say(f'{run.writing.result()}; the loop paused for {run.paused:.2f} s')
+        run.writing = None
 
 def model_card(s, model, step, data, about):
-    kind = model.config.to_hf()['architectures'][0]
-    table = model.parameter_table()
+    c, table = model.config, model.parameter_table()
+    kind = c.to_hf()['architectures'][0]
     tokens = step * (s.global_batch_size or s.batch_size) * s.block_size
+    base = f'\nbase_model: {s.init_from}' if s.init_from and not Path(s.init_from).is_dir() else ''
     return f"""---
 library_name: {'nanoseek' if kind.startswith('nanoseek') else 'transformers'}
 pipeline_tag: text-generation
-tags: [nanoseek]
+tags: [nanoseek]{base}
 ---
 # {Path(s.out_dir).name}, step {step:,}
 
-{kind}, {table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
+{kind}: {architecture(c)}, context {c.max_position_embeddings:,}.
+{table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
 
+- started from: {s.init_from or 'random weights'}
 - data: {data.meta['source']['name']} ({data.meta['source']['license']}), tokenizer {data.meta['tokenizer']['name']}
 - tokens seen: {tokens:,}
 - losses: {', '.join(f'{k} {v:.4f}' for k, v in about.items()) or 'not evaluated yet'}
 - command: `python {' '.join(sys.argv)}`
 """
 
-def load_trainer(directory, optimizer, scaler):
-    """Puts optimizer, scaler and random numbers back -> step"""
-    state = torch.load(directory / 'trainer' / 'state.pt', map_location='cpu', weights_only=True)
-    optimizer.load_state_dict(state['optimizer'])
-    scaler.load_state_dict(state['scaler'])
+def load_trainer(run, checkpoint):
+    """Puts back what a step depends on besides the weights"""
+    file = checkpoint / 'trainer' / 'state.pt'
+    try:
+        state = torch.load(file, map_location='cpu', weights_only=True)     # tensors and plain values, nothing executed
+    except Exception as e:          # whatever its layers raise
+        raise OSError(f'{file} cannot be read: {str(e).strip().splitlines()[0]}') from e
+    run.optimizer.load_state_dict(state['optimizer'])
+    run.scaler.load_state_dict(state['scaler'])
     torch.set_rng_state(state['rng']['cpu'])
-    if torch.cuda.is_available() and 'cuda' in state['rng']:
-        torch.cuda.set_rng_state(state['rng']['cuda'])
-    return state['step']
+    if run.device.type in state['rng'] and run.device.type != 'cpu':
+        torch.get_device_module(run.device).set_rng_state(state['rng'][run.device.type])
+    run.step = state['step']
+    for name in ('skipped', 'rollbacks', 'history', 'about'):       # version 1 had none of these
+        setattr(run, name, state.get(name, getattr(run, name)))
 
-def find_resume(s):
-    """settings -> the checkpoint to go on from, or None"""
-    if s.resume == 'never':
-        for old in checkpoints(s.out_dir):
-            shutil.rmtree(old)
-        (Path(s.out_dir) / 'metrics.jsonl').unlink(missing_ok=True)
-        return None
-    if s.resume == 'auto':
-        return next(reversed(checkpoints(s.out_dir)), None)
-    if not (Path(s.resume) / 'trainer' / 'state.pt').is_file():
+def find_resume(s, identity):
+    """settings -> the checkpoint to go on from, or None. ValueError where its data are others"""
+    found = Path(s.resume)
+    if s.resume in ('auto', 'never'):
+        found = newest(s.out_dir, lambda line: print(line, file=sys.stderr)) if s.resume == 'auto' else None
+    elif not (found / 'trainer' / 'state.pt').is_file():
         raise ValueError(f'resume={s.resume}: no such checkpoint (a step-N folder with trainer/state.pt in it)')
-    return Path(s.resume)
+    elif problem := damage(found):
+        raise ValueError(f'resume={found}: damaged: {problem}')
+    if found:
+        saved = json.loads((found / 'trainer' / 'settings.json').read_text())
+        for name in identity:
+            check_same(found, name, saved.get(name, identity[name]), identity[name])
+    return found
+
+def check_same(found, name, old, new):
+    if old != new:
+        raise ValueError(f'{found} was trained with {name}={old}, now it is {new}: go back, take another out_dir '
+                         f'(--init_from={found} starts from its weights), or start over with --resume=never')
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
@@ -372,7 +569,8 @@ def catch_signals():
 
     def handle(number, frame):
         caught.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if caught.count('SIGINT') > 1:
+            os._exit(130)           # not waiting for a checkpoint that is being written: it has no name yet
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return caught
@@ -387,7 +585,7 @@ def versions():
             'machine': platform.machine(), 'cpus': os.cpu_count(), 'command': ' '.join(sys.argv)}
 
 def setup(s, model_settings, dist):
-    """Everything that a user's mistake can stop -> data, model, device, dtype, the checkpoint to go on from"""
+    """Everything that a user's mistake can stop -> the run, as far as it is known by then"""
     for package in ('wandb', 'tensorboard'):
         if getattr(s, package) and importlib.util.find_spec(package) is None:
             raise ValueError(f'{package}=true needs its package: pip install {package}')
@@ -395,10 +593,11 @@ def setup(s, model_settings, dist):
         raise ValueError(f'out_dir={s.out_dir}: a file has this name')
     device, dtype = pick_device(s)
     path = Path(s.dataset) if Path(s.dataset, 'meta.json').is_file() else Path('data', s.dataset)
+    given = {k: v for k, v in model_settings.items() if k != 'vocab_size' or v}
     if s.max_steps == 0:
-        ready = (path / 'meta.json').is_file()
-        vocab_size = model_settings.get('vocab_size') or (TokenData(path).vocab_size if ready else 256)
-        print(*describe(s, Config(**{**model_settings, 'vocab_size': vocab_size}), dtype), sep='\n')
+        folder = s.init_from and hub_folder(s.init_from, MODEL_FILES)
+        c = plan(given, folder, TokenData(path) if (path / 'meta.json').is_file() else None)
+        print(*describe(s, c, dtype), sep='\n')
         sys.exit(0)
     data = TokenData(path)
     for split in ('train', 'val'):
@@ -408,111 +607,211 @@ def setup(s, model_settings, dist):
                          f'x {dist.world} {"device" if dist.world == 1 else "devices"}')
     if s.sample_interval:
         encode(load_tokenizer(path), s.sample_prompt)
-    model, found = build_model(s, model_settings, data), find_resume(s)
-    if found:
-        saved = Transformer.from_pretrained(found)
-        for name, value in asdict(saved.config).items():
-            if name in model_settings and value != getattr(model.config, name):
-                raise ValueError(f'{found} was trained with {name}={value}, now it is {getattr(model.config, name)}: '
-                                 'go back, take another out_dir, or start over with --resume=never')
-        model = saved
-    return data, model, device, dtype, found
+    data.check()
+    batch = s.global_batch_size or s.batch_size * dist.world
+    identity = {'seed': s.seed, 'block_size': s.block_size, 'batch': batch, 'data': data.fingerprint()}
+    found = find_resume(s, identity)
+    return SimpleNamespace(s=s, dist=dist, data=data, model=build_model(s, given, found, data), device=device,
+                           dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0, rollbacks=0,
+                           bad=0, history=[], losses={}, about={}, writing=None)
 
-def start(s, model_settings, dist):
-    """-> the run: all that the loop works with; None where the run is complete"""
-    with config.user_errors():
-        data, model, device, dtype, found = setup(s, model_settings, dist)
+def clear(s, found):
+    """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
+    step = int(found.name[5:]) if found and found.name[5:].isdigit() else 0
+    for old in checkpoints(s.out_dir):
+        if int(old.name[5:]) > step:
+            remove(old)
+    for old in Path(s.out_dir).glob('.step-*.tmp'):
+        shutil.rmtree(old)
+    if not found:
+        (Path(s.out_dir) / 'metrics.jsonl').unlink(missing_ok=True)
+
+def start(run):
+    """Moves the model to its device, and prepares all that the loop works with; False where the run is complete"""
+    s, model, device, dtype, found = run.s, run.model, run.device, run.dtype, run.found
     model.to(device).train()
     model.gradient_checkpointing = s.gradient_checkpointing
-    amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), s.learning_rate, (s.beta1, s.beta2), s.eps,
-                                  fused=device.type in ('cpu', 'cuda'))
-    first = load_trainer(found, optimizer, scaler) if found else 0
+    run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    run.optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
+                                      s.eps, fused=device.type in ('cpu', 'cuda'))
+    if found:
+        load_trainer(run, found)
+    if run.step >= s.max_steps:
+        print(f'{found} is complete: go on with --max_steps={run.step + 1000}, or start over with --resume=never')
+        return False
+    clear(s, found)
     resolved = {**asdict(s), **asdict(model.config), **versions()}
-    with config.user_errors():
-        log = Log(s, first, resolved)
-    if first >= s.max_steps:
-        log.say(f'{found} is complete: go on with --max_steps={first + 1000}, or start over with --resume=never')
-        return None
-    (log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
+    run.log, run.pool = Log(s, run.step, resolved), ThreadPoolExecutor(1)
+    (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
     for line in (*describe(s, model.config, dtype), *([f'going on from {found}'] if found else [])):
-        log.say(line)
-    forward, problem = compiled(model, dist.wrap(model), s, device, amp)
+        run.log.say(line)
+    if sum(memory_estimate(s, model.config, dtype)) > memory_limit(device):
+        run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
+    run.forward, problem = compiled(model, run.dist.wrap(model), s, device, run.amp)
     if problem:
-        log.say(problem)
-    peak, batch = matmul_rate(device, dtype), s.global_batch_size or s.batch_size * dist.world
-    accumulation = batch // (s.batch_size * dist.world)
-    log.say(f'{device.type} {str(dtype)[6:]}, {accumulation} x {s.batch_size} x {s.block_size} = '
-            f'{batch * s.block_size:,} tokens a step, {s.max_steps - first:,} steps; '
-            f'a matmul reaches {peak / 1e12:.2f} TFLOP/s here')
-    return SimpleNamespace(s=s, dist=dist, data=data, model=model, forward=forward, device=device, amp=amp,
-                           scaler=scaler, optimizer=optimizer, first=first, log=log, peak=peak * dist.world,
-                           batch=batch, accumulation=accumulation, tokenizer=load_tokenizer(data.directory),
-                           losses={}, about={})
+        run.log.say(problem)
+    rate, run.accumulation = matmul_rate(device, dtype), run.batch // (s.batch_size * run.dist.world)
+    run.peak, run.tokenizer = rate * run.dist.world, load_tokenizer(run.data.directory)
+    run.log.say(f'{device.type} {str(dtype)[6:]}, {run.accumulation} x {s.batch_size} x {s.block_size} = '
+                f'{run.batch * s.block_size:,} tokens a step, {s.max_steps - run.step:,} steps; '
+                f'a matmul reaches {rate / 1e12:.2f} TFLOP/s here')
+    return True
 
-def train(s, model_settings, dist):
-    run = start(s, model_settings, dist)
-    if run is None:
-        return
-    model, optimizer, scaler = run.model, run.optimizer, run.scaler
-    caught, clock, since = catch_signals(), time.perf_counter(), run.first
-    for step in range(run.first, s.max_steps):
-        for group in optimizer.param_groups:
-            group['lr'] = lr_at(step, s)
-        losses = {}
-        for micro in range(run.accumulation):
-            row = step * run.batch + (micro * dist.world + dist.rank) * s.batch_size
-            x, y = to_device(run.data.batch('train', range(row, row + s.batch_size), s.block_size, s.seed), run.device)
-            with dist.accumulate(model, last=micro == run.accumulation - 1):
-                with run.amp():
-                    _, loss = run.forward(x, y)
-                scaler.scale(loss / run.accumulation).backward()
-            losses = {k: losses.get(k, 0) + v / run.accumulation for k, v in model.losses.items()}
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        load = dist.sum(model.expert_load)          # (MoE layers, E): tokens per expert in the whole global batch
-        model.update_router_bias(load)
-        done, last = step + 1, step + 1 == s.max_steps or bool(caught)
-        if done % s.log_interval == 0 or done == run.first + 1 or last:
-            run.losses = {k: (dist.sum(v) / dist.world).item() for k, v in losses.items()}
-            ms = (time.perf_counter() - clock) * 1e3 / (done - since)
-            log_step(run, done, load, norm.item(), ms)
-            clock, since = time.perf_counter(), done
+def train(run):
+    s, caught, first = run.s, catch_signals(), run.step
+    clock, since = time.perf_counter(), run.step
+    while run.step < s.max_steps:
+        losses = micro_steps(run)
+        norm, load, good = update(run, losses)
+        run.step += 1
+        if run.bad == s.max_bad_steps:
+            roll_back(run)
+            clock, since = time.perf_counter(), run.step
+            continue
+        if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
+            caught.append(f'max_minutes={s.max_minutes:g}')
+        last = run.step == s.max_steps or bool(caught)
+        if good and (run.step % s.log_interval == 0 or run.step == first + 1 or last):
+            run.losses = {k: (run.dist.sum(v) / run.dist.world).item() for k, v in losses.items()}
+            log_step(run, load, norm, (time.perf_counter() - clock) * 1e3 / (run.step - since))
+            clock, since = time.perf_counter(), run.step
         pause = time.perf_counter()
-        look(run, done, load, last)
-        model.expert_load.zero_()
+        look(run, load, last)
         clock += time.perf_counter() - pause        # step_ms is of steps alone
         if caught:
-            run.log.say(f'{caught[0]}: stopped after step {done}; the same command goes on from here')
             break
+    finish_writing(run)
+    if caught:
+        run.log.say(f'{caught[0]}: stopped after step {run.step}; the same command goes on from here')
     run.log.close()
 
-def look(run, step, load, last):
+def rows(run, micro):
+    """The numbers of this rank's sequences in a micro-step of the present step"""
+    first = (run.step + run.skipped) * run.batch + (micro * run.dist.world + run.dist.rank) * run.s.batch_size
+    return range(first, first + run.s.batch_size)
+
+def micro_steps(run):
+    """Forward and backward of a global batch -> its losses by their names, means over this rank's micro-steps"""
+    s, losses = run.s, {}
+    for micro in range(run.accumulation):
+        x, y = to_device(run.data.batch('train', rows(run, micro), s.block_size, s.seed), run.device)
+        with run.dist.accumulate(run.model, last=micro == run.accumulation - 1):
+            with run.amp():
+                _, loss = run.forward(x, y)
+            run.scaler.scale(loss / run.accumulation).backward()
+        losses = {k: losses.get(k, 0) + v / run.accumulation for k, v in run.model.losses.items()}
+    return losses
+
+def update(run, losses):
+    """The optimizer's step and the routers', unless loss or gradient are not finite -> norm of the gradient, expert
+    load (MoE layers, E) in the whole global batch, whether the step was taken"""
+    s, model, scaler, dist = run.s, run.model, run.scaler, run.dist
+    for group in run.optimizer.param_groups:
+        group['lr'] = lr_at(run.step, s)
+    scaler.unscale_(run.optimizer)
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    loss, norm = torch.stack((dist.sum(losses['main']) / dist.world, total)).tolist()
+    load = dist.sum(model.expert_load.clone())
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1       # float16: so it finds its scale
+    good = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+    if good:
+        if s.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, total)
+        scaler.step(run.optimizer)
+        model.update_router_bias(load)
+        note_spike(run, loss)
+        run.bad = 0
+    else:
+        run.bad, where = run.bad + 1, culprit(run)
+        run.log.say(f'step {run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped; the first that is not '
+                    f'finite is {where}')
+        run.log.add(step=run.step + 1, event='skipped', loss=str(loss), grad_norm=str(norm), where=where)
+    scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    model.expert_load.zero_()
+    run.log.bar.update()
+    return norm, load, good
+
+def note_spike(run, loss):
+    """A line for a loss that stands out from the last 128 by a robust z-score (median, median absolute deviation)"""
+    if len(run.history) >= 32:
+        median = statistics.median(run.history)
+        deviation = 1.4826 * statistics.median(abs(v - median) for v in run.history)
+        if (z := (loss - median) / max(deviation, 1e-3)) > 6:
+            run.log.say(f'step {run.step + 1}: loss {loss:.4f} is a spike, {z:.1f} deviations above {median:.4f}')
+            run.log.add(step=run.step + 1, event='spike', loss=loss, z=round(z, 2))
+    run.history = [*run.history[-127:], loss]
+
+@torch.no_grad()
+def culprit(run):
+    """Where what is not finite appeared first: in a parameter, in a module's output (the forward pass is repeated), or
+    in a gradient (the backward pass begins at the end of the model)"""
+    finite = lambda t: not isinstance(t, torch.Tensor) or bool(t.isfinite().all())
+    for name, p in run.model.named_parameters():
+        if not finite(p):
+            return f'the weight {name}'
+    found, hooks = [], []
+    for name, module in run.model.named_modules():
+        watch = lambda m, _, out, name=name: None if finite(out) else found.append(name)
+        hooks.append(module.register_forward_hook(watch))
+    with torch.random.fork_rng(), run.amp():
+        for micro in range(run.accumulation):
+            run.model(*to_device(run.data.batch('train', rows(run, micro), run.s.block_size, run.s.seed), run.device))
+    for hook in hooks:
+        hook.remove()
+    broken = [name for name, p in run.model.named_parameters() if p.grad is not None and not finite(p.grad)]
+    if found:
+        return f'the output of {found[0] or "the model"}'
+    return f'the gradient of {broken[-1]}' if broken else 'the loss'
+
+def roll_back(run):
+    """Back to the last good checkpoint, and on from there with the data that would have come now"""
+    s, log, found = run.s, run.log, None
+    finish_writing(run)
+    if run.rollbacks < s.max_rollbacks:
+        found = newest(s.out_dir, log.say) or run.found
+    if not found:
+        log.say(f'{run.bad} steps in a row were not finite' + (
+            f', also after going back {run.rollbacks} times' if run.rollbacks else ', and there is no checkpoint yet') +
+            f': stopping. Try a lower learning_rate (now {s.learning_rate:g}) or a longer warmup_steps '
+            f'({s.warmup_steps})')
+        sys.exit(1)
+    position, bad, times = run.step + run.skipped, run.bad, run.rollbacks + 1
+    run.model.load_state_dict(Transformer.from_pretrained(found).state_dict())
+    load_trainer(run, found)
+    run.skipped, run.rollbacks, run.bad = position - run.step, times, 0
+    log.rewind(run.step, events=True)
+    log.bar.reset(s.max_steps)
+    log.bar.update(run.step)
+    log.say(f'{bad} steps in a row were not finite: back to {found}, and on without the data that led here '
+            f'({run.skipped} steps)')
+    log.add(step=run.step + 1, event='rollback', checkpoint=str(found), skipped=run.skipped, rollbacks=times)
+
+def look(run, load, last):
     """Evaluation, text samples and checkpoints, each at its interval and at the end"""
-    s, log = run.s, run.log
-    if step % s.eval_interval == 0 or last:
+    s, log, evaluated = run.s, run.log, run.step % run.s.eval_interval == 0 or last
+    if evaluated:
         val = evaluate(run.model, run.data, s, run.device, run.amp, run.dist)
         bpb = val / math.log(2) / run.data.bytes_per_token('val')
-        run.about = {'training': run.losses['main'], 'validation': val, 'bits per byte': bpb}
-        log.say(f'step {step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
-        log.add(step=step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb,
+        run.about = {'training': run.losses.get('main', math.nan), 'validation': val, 'bits per byte': bpb}
+        log.say(f'step {run.step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
+        log.add(step=run.step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb,
                 **{'moe/load': relative(load).tolist()} if len(load) else {})
-    if s.sample_interval and (step % s.sample_interval == 0 or last):
+    if s.sample_interval and (run.step % s.sample_interval == 0 or last):
         log.say(f'--- sample\n{sample_text(run.model, run.tokenizer, s, run.device, run.amp)}\n---')
-    if step % s.checkpoint_interval == 0 or last:
-        log.say(f'saved {save_checkpoint(s, run.model, run.optimizer, run.scaler, step, run.data, run.about)}')
+    if run.step % s.checkpoint_interval == 0 or last:
+        save_checkpoint(run, evaluated)
+    elif run.writing and run.writing.done():
+        finish_writing(run)
 
 def relative(load):
     """Expert counts (MoE layers, E) over the ideal, a layer's mean"""
     return (load / load.double().mean(-1, keepdim=True).clamp(min=1)).round(decimals=3)
 
-def log_step(run, step, load, norm, ms):
-    """The progress line, and its numbers in metrics.jsonl. A loss that is not finite ends the run"""
-    s, losses, tokens = run.s, run.losses, run.batch * run.s.block_size
+def log_step(run, load, norm, ms):
+    """The progress line, and its numbers in metrics.jsonl"""
+    s, step, losses, tokens = run.s, run.step, run.losses, run.batch * run.s.block_size
     rate, lr = tokens / ms * 1e3, run.optimizer.param_groups[0]['lr']
     mfu, memory = rate * run.model.flops_per_token(s.block_size) / run.peak, peak_memory(run.device)
     entry = {'step': step, 'tokens': step * tokens, 'elapsed_s': round(time.time() - STARTED, 2),
@@ -528,13 +827,29 @@ def log_step(run, step, load, norm, ms):
                 f'{ms:.0f} ms | {rate / 1e3:.1f}k tok/s | mfu {mfu:.0%} | {memory:.0f} MB{experts} | '
                 f'eta {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}')
     run.log.add(**entry)
-    if not math.isfinite(losses['main']):
-        run.log.say(f'the loss is {losses["main"]}: stopping; the last good checkpoint stays. Try a lower '
-                    f'learning_rate (now {s.learning_rate:g}) or a longer warmup_steps ({s.warmup_steps})')
-        sys.exit(1)
+
+def main(s, model_settings, dist):
+    with config.user_errors():
+        run = setup(s, model_settings, dist)
+    try:
+        if start(run):
+            train(run)
+        return
+    except OSError as e:            # a full disk
+        problem = str(e)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and 'allocate memory' not in str(e):
+            raise
+        c, problem = run.model.config, None
+    if not problem:
+        del run                     # with all that fills the memory
+        device, dtype = pick_device(s)
+        problem = f'out of memory: {smaller(s, c, dtype, device)}'
+    print(f'{Path(sys.argv[0]).name}: {problem}', file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == '__main__':
     with config.user_errors():
         given, model_settings = config.load(Settings, Config, usage=__doc__)
         settings = Settings(**given)
-    train(settings, model_settings, OneDevice())
+    main(settings, model_settings, OneDevice())

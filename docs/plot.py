@@ -1,7 +1,7 @@
-"""Plot runs: python docs/plot.py out/shakespeare [more runs] [--out=plot.png]. Needs matplotlib.
+"""Plot runs from their metrics.jsonl: python docs/plot.py out/a [out/b ...] [--out=plot.png]. Needs matplotlib.
 
-Loss, bits per byte, learning rate and gradient norm of every run; for one run with experts, how their load spreads: at
-each evaluation every expert's share of the tokens over the ideal one, layers side by side.
+Loss, bits per byte, gradient norm and learning rate of all runs, side by side; below, for each run with experts, how the
+router spreads the tokens: every expert's share over the ideal at each evaluation, layers one above the other.
 """
 import json, sys
 from pathlib import Path
@@ -11,30 +11,37 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 def read(run):
-    return [json.loads(line) for line in open(Path(run) / 'metrics.jsonl')]
+    """-> the entries of a run; a run that was killed may have cut off its last line"""
+    file = Path(run) / 'metrics.jsonl' if Path(run).is_dir() else Path(run)
+    if not file.is_file():
+        sys.exit(f'plot.py: no {file}')
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith('}')]
 
-def plot_loss(axis, name, train, val):
-    line, = axis.plot([m['step'] for m in train], [m['loss'] for m in train], alpha=0.5, lw=1,
-                      label=f'{name}, training')
-    end = f' ({val[-1]["val_bpb"]:.3f} bits per byte)' if val else ''
-    axis.plot([m['step'] for m in val], [m['val_loss'] for m in val], 'o-', color=line.get_color(),
-              label=f'{name}, validation{end}')
-    return line.get_color()
+def curve(axis, entries, key, **style):
+    """key over steps; -> whether there is anything"""
+    points = [(m['step'], m[key]) for m in entries if key in m and 'event' not in m]
+    if points:
+        axis.plot(*zip(*points), **style)
+    return bool(points)
 
-def plot_optimizer(axis, color, train, experts):
-    curves = [('gradient norm', 'grad_norm', 1, '-', color), ('learning rate x 1000', 'lr', 1e3, '--', color)]
-    if experts:
-        curves += [('busiest expert / ideal', 'moe/load_max', 1, '-', 'tab:red'),
-                   ('idlest expert / ideal', 'moe/load_min', 1, '-', 'tab:green')]
-    for label, key, scale, style, color in curves:
-        axis.plot([m['step'] for m in train], [scale * m[key] for m in train], style, color=color, label=label)
+def plot_run(axes, name, entries, color):
+    loss, bits, norm, rate = axes
+    curve(loss, entries, 'loss', color=color, lw=1, alpha=0.5, label=f'{name}, training')
+    curve(loss, entries, 'val_loss', color=color, marker='o', ms=4, label=f'{name}, validation')
+    val = [m['val_bpb'] for m in entries if 'val_bpb' in m]
+    curve(bits, entries, 'val_bpb', color=color, marker='o', ms=4, label=f'{name}: {val[-1]:.3f}' if val else name)
+    curve(norm, entries, 'grad_norm', color=color, lw=1, label=name)
+    curve(rate, entries, 'lr', color=color, label=name)
+    for m in entries:
+        if 'event' in m:                                    # a skipped step, a rollback, a spike
+            loss.axvline(m['step'], color=color, ls='--' if m['event'] == 'rollback' else ':', lw=0.8)
 
-def plot_load(figure, axis, loads):
+def plot_load(figure, axis, name, loads):
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     grid = [[share for layer in load for share in layer] for _, load in loads]
     image = axis.imshow(list(zip(*grid)), aspect='auto', vmin=0, vmax=2, cmap='coolwarm', interpolation='nearest')
-    every = max(1, len(loads) // 6)
-    axis.set(xlabel='step', ylabel='expert', title='tokens per expert over the ideal')
+    every = max(1, len(loads) // 8)
+    axis.set(xlabel='step', ylabel='expert', title=f'{name}: tokens per expert over the ideal')
     axis.set_xticks(range(0, len(loads), every), [step for step, _ in loads][::every])
     axis.set_yticks([experts * i + (experts - 1) / 2 for i in range(layers)], [f'layer {i}' for i in range(layers)])
     for i in range(1, layers):
@@ -43,21 +50,25 @@ def plot_load(figure, axis, loads):
 
 def main(args):
     out = next((a[6:] for a in args if a.startswith('--out=')), 'plot.png')
-    runs = {Path(a).name: read(a) for a in args if not a.startswith('--')}
-    loads = [(m['step'], m['moe/load']) for entries in runs.values() for m in entries if 'moe/load' in m]
-    heat = len(runs) == 1 and bool(loads)
-    figure, axes = plt.subplots(1, 3 if heat else 2, figsize=(15 if heat else 10, 4), layout='constrained')
-    for name, entries in runs.items():
-        train, val = [m for m in entries if 'loss' in m], [m for m in entries if 'val_loss' in m]
-        plot_optimizer(axes[1], plot_loss(axes[0], name, train, val), train, heat)
-    axes[0].set(xlabel='step', ylabel='nats per token', title='loss')
-    axes[1].set(xlabel='step', ylim=(0, 3), title='optimizer and expert load' if heat else 'optimizer')
-    for axis in axes[:2]:
-        axis.legend()
+    runs = {str(Path(a)).removeprefix('out/'): read(a) for a in args if not a.startswith('--')}
+    loads = {name: [(m['step'], m['moe/load']) for m in entries if 'moe/load' in m] for name, entries in runs.items()}
+    loads = {name: load for name, load in loads.items() if load}
+    figure = plt.figure(figsize=(14, 4 + 3.2 * len(loads)), layout='constrained')
+    rows = figure.add_gridspec(1 + len(loads), 4, height_ratios=[1.2] + [1] * len(loads))
+    axes = [figure.add_subplot(rows[0, i]) for i in range(4)]
+    for i, (name, entries) in enumerate(runs.items()):
+        plot_run(axes, name, entries, f'C{i % 10}')
+    titles = ('loss, nats per token', 'validation, bits per byte', 'gradient norm', 'learning rate')
+    for axis, title in zip(axes, titles):
+        axis.set(xlabel='step', title=title)
         axis.grid(alpha=0.3)
-    if heat:
-        plot_load(figure, axes[2], loads)
-    figure.savefig(out, dpi=110)
+    axes[2].set_yscale('log')
+    for axis in axes[:2]:
+        if axis.lines:
+            axis.legend(fontsize='small')
+    for i, (name, load) in enumerate(loads.items(), 1):
+        plot_load(figure, figure.add_subplot(rows[i, :]), name, load)
+    figure.savefig(out, dpi=100)
     print(f'written to {out}')
 
 if __name__ == '__main__':
