@@ -267,7 +267,8 @@ class Log:
         self.text.flush()
 
     def add(self, **values):
-        self.metrics.write(json.dumps(values) + '\n')
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.metrics.write(json.dumps(values, allow_nan=False) + '\n')
         self.metrics.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != 'step'}
         if self.wandb:
@@ -315,7 +316,7 @@ def memory_limit(device):
     group, limit = Path('/sys/fs/cgroup/memory.max'), resource.getrlimit(resource.RLIMIT_AS)[0]
     text = group.read_text().strip() if group.exists() else ''      # a container's limit
     return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), limit if limit > 0 else math.inf,
-               int(text) if text.isdigit() else math.inf)
+               int(text) if text.isdigit() else math.inf) - 2**29   # Python and torch themselves
 
 def smaller(s, c, dtype, device):
     """Settings that would need less memory, and how much, by memory_estimate"""
@@ -343,12 +344,12 @@ def architecture(c):
     return (f'{kind}, {c.num_hidden_layers} layers{mtp}, hidden {c.hidden_size}, {c.num_attention_heads} heads, '
             f'vocabulary {c.vocab_size:,}')
 
-def describe(s, c, dtype):
+def describe(s, c, estimate):
     """Lines that say what the model is, its parameters, and the memory that a training step needs"""
     with torch.device('meta'):
         model = Transformer(c)
     table, order = model.parameter_table(), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
-    states, activations = memory_estimate(s, c, dtype)
+    states, activations = estimate
     yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
     yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
     yield (f'a training step: {model.flops_per_token(s.block_size) / 1e6:,.1f} MFLOP per token, about '
@@ -379,20 +380,21 @@ def damage(checkpoint):
             return f'its version is {version}, this train.py knows {VERSION}'
         if version == 1:
             return None if (folder / 'state.pt').is_file() else 'no trainer/state.pt'
-        for name, wanted in json.loads((folder / 'manifest.json').read_text()).items():
+        manifest = json.loads((folder / 'manifest.json').read_text())
+        if not {'config.json', 'trainer/state.pt', 'trainer/settings.json'} <= manifest.keys() or '..' in str(manifest):
+            return 'trainer/manifest.json is not ours'
+        for name, wanted in manifest.items():
             if (found := checksum(checkpoint / name)) != wanted:
                 return f'{name} has {found[0]:,} bytes and checksum {found[1]}, not {wanted[0]:,} and {wanted[1]}'
     except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
         return str(e)
 
 def newest(out_dir, say):
-    """The newest whole checkpoint, or None; say hears of damaged ones. ValueError where all are damaged"""
-    for checkpoint in reversed(found := checkpoints(out_dir)):
+    """The newest whole checkpoint, or None; say hears of damaged ones"""
+    for checkpoint in reversed(checkpoints(out_dir)):
         if (problem := damage(checkpoint)) is None:
             return checkpoint
         say(f'{checkpoint} is damaged ({problem}): going back to the one before')
-    if found:
-        raise ValueError(f'no checkpoint in {out_dir} is whole: start over with --resume=never')
 
 def cpu_copy(x):
     """A copy on the CPU of all tensors in dicts and lists, which training cannot change any more"""
@@ -411,8 +413,8 @@ def save_checkpoint(run, evaluated):
              'scaler': run.scaler.state_dict(), 'rng': {'cpu': torch.get_rng_state()}}
     if run.device.type != 'cpu':
         state['rng'][run.device.type] = torch.get_device_module(run.device).get_rng_state()
-    settings = {**asdict(s), **asdict(c), **run.identity, 'version': VERSION,
-                'val_loss': run.about['validation'] if evaluated else None}
+    loss = run.about['validation'] if evaluated and math.isfinite(run.about['validation']) else None
+    settings = {**asdict(s), **asdict(c), **run.identity, 'version': VERSION, 'val_loss': loss}
     card = model_card(s, run.model, run.step, run.data, run.about)
     final = Path(s.out_dir) / f'step-{run.step:06d}'
     run.writing = run.pool.submit(write_checkpoint, final, run, cpu_copy(state), run.model.snapshot(), settings, card)
@@ -445,7 +447,7 @@ def write_checkpoint(final, run, state, weights, settings, card):
         flush(final.parent)
         prune(final.parent, run.s.keep_checkpoints)
     except (OSError, RuntimeError, SafetensorError) as e:       # a full disk, as the three libraries put it
-        free = shutil.disk_usage(tmp).free >> 20
+        free = shutil.disk_usage(final.parent).free >> 20
         shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f'{final} could not be written with {free:,} MB free there ({e}): the checkpoints before it are '
                       'whole, and the same command goes on from them') from e
@@ -525,9 +527,11 @@ def load_trainer(run, checkpoint):
 
 def find_resume(s, identity):
     """settings -> the checkpoint to go on from, or None. ValueError where its data are others"""
-    found = Path(s.resume)
+    found, say = Path(s.resume), lambda line: print(line, file=sys.stderr)
     if s.resume in ('auto', 'never'):
-        found = newest(s.out_dir, lambda line: print(line, file=sys.stderr)) if s.resume == 'auto' else None
+        found = newest(s.out_dir, say) if s.resume == 'auto' else None
+        if not found and s.resume == 'auto' and checkpoints(s.out_dir):
+            raise ValueError(f'no checkpoint in {s.out_dir} is whole: start over with --resume=never')
     elif not (found / 'trainer' / 'state.pt').is_file():
         raise ValueError(f'resume={s.resume}: no such checkpoint (a step-N folder with trainer/state.pt in it)')
     elif problem := damage(found):
@@ -597,7 +601,7 @@ def setup(s, model_settings, dist):
     if s.max_steps == 0:
         folder = s.init_from and hub_folder(s.init_from, MODEL_FILES)
         c = plan(given, folder, TokenData(path) if (path / 'meta.json').is_file() else None)
-        print(*describe(s, c, dtype), sep='\n')
+        print(*describe(s, c, memory_estimate(s, c, dtype)), sep='\n')
         sys.exit(0)
     data = TokenData(path)
     for split in ('train', 'val'):
@@ -615,11 +619,10 @@ def setup(s, model_settings, dist):
                            dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0, rollbacks=0,
                            bad=0, history=[], losses={}, about={}, writing=None)
 
-def clear(s, found):
+def clear(s, found, step):
     """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
-    step = int(found.name[5:]) if found and found.name[5:].isdigit() else 0
     for old in checkpoints(s.out_dir):
-        if int(old.name[5:]) > step:
+        if int(old.name[5:]) > step or not found:
             remove(old)
     for old in Path(s.out_dir).glob('.step-*.tmp'):
         shutil.rmtree(old)
@@ -640,13 +643,14 @@ def start(run):
     if run.step >= s.max_steps:
         print(f'{found} is complete: go on with --max_steps={run.step + 1000}, or start over with --resume=never')
         return False
-    clear(s, found)
+    clear(s, found, run.step)
     resolved = {**asdict(s), **asdict(model.config), **versions()}
     run.log, run.pool = Log(s, run.step, resolved), ThreadPoolExecutor(1)
     (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
-    for line in (*describe(s, model.config, dtype), *([f'going on from {found}'] if found else [])):
+    run.first, estimate = run.step, memory_estimate(s, model.config, dtype)
+    for line in (*describe(s, model.config, estimate), *([f'going on from {found}'] if found else [])):
         run.log.say(line)
-    if sum(memory_estimate(s, model.config, dtype)) > memory_limit(device):
+    if sum(estimate) > memory_limit(device):
         run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
     run.forward, problem = compiled(model, run.dist.wrap(model), s, device, run.amp)
     if problem:
@@ -659,8 +663,7 @@ def start(run):
     return True
 
 def train(run):
-    s, caught, first = run.s, catch_signals(), run.step
-    clock, since = time.perf_counter(), run.step
+    s, caught, clock, since = run.s, catch_signals(), time.perf_counter(), run.step
     while run.step < s.max_steps:
         losses = micro_steps(run)
         norm, load, good = update(run, losses)
@@ -672,7 +675,7 @@ def train(run):
         if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
             caught.append(f'max_minutes={s.max_minutes:g}')
         last = run.step == s.max_steps or bool(caught)
-        if good and (run.step % s.log_interval == 0 or run.step == first + 1 or last):
+        if good and (run.step % s.log_interval == 0 or run.step == run.first + 1 or last):
             run.losses = {k: (run.dist.sum(v) / run.dist.world).item() for k, v in losses.items()}
             log_step(run, load, norm, (time.perf_counter() - clock) * 1e3 / (run.step - since))
             clock, since = time.perf_counter(), run.step
@@ -719,7 +722,8 @@ def update(run, losses):
         if s.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, total)
         scaler.step(run.optimizer)
-        model.update_router_bias(load)
+        if math.isfinite(norm):
+            model.update_router_bias(load)
         note_spike(run, loss)
         run.bad = 0
     else:
@@ -747,7 +751,8 @@ def note_spike(run, loss):
 def culprit(run):
     """Where what is not finite appeared first: in a parameter, in a module's output (the forward pass is repeated), or
     in a gradient (the backward pass begins at the end of the model)"""
-    finite = lambda t: not isinstance(t, torch.Tensor) or bool(t.isfinite().all())
+    def finite(x):
+        return all(map(finite, x)) if isinstance(x, tuple) else not isinstance(x, torch.Tensor) or x.isfinite().all()
     for name, p in run.model.named_parameters():
         if not finite(p):
             return f'the weight {name}'
@@ -770,12 +775,13 @@ def roll_back(run):
     s, log, found = run.s, run.log, None
     finish_writing(run)
     if run.rollbacks < s.max_rollbacks:
-        found = newest(s.out_dir, log.say) or run.found
+        found = newest(s.out_dir, log.say)
+        if run.found and (not found or int(found.name[5:]) < run.first):    # it may be in another folder
+            found = None if damage(run.found) else run.found
     if not found:
-        log.say(f'{run.bad} steps in a row were not finite' + (
-            f', also after going back {run.rollbacks} times' if run.rollbacks else ', and there is no checkpoint yet') +
-            f': stopping. Try a lower learning_rate (now {s.learning_rate:g}) or a longer warmup_steps '
-            f'({s.warmup_steps})')
+        why = f'also after going back {run.rollbacks} times' if run.rollbacks else 'and no checkpoint is whole yet'
+        log.say(f'{run.bad} steps in a row were not finite, {why}: stopping. Try a lower learning_rate (now '
+                f'{s.learning_rate:g}) or a longer warmup_steps ({s.warmup_steps})')
         sys.exit(1)
     position, bad, times = run.step + run.skipped, run.bad, run.rollbacks + 1
     run.model.load_state_dict(Transformer.from_pretrained(found).state_dict())
@@ -852,4 +858,7 @@ if __name__ == '__main__':
     with config.user_errors():
         given, model_settings = config.load(Settings, Config, usage=__doc__)
         settings = Settings(**given)
-    main(settings, model_settings, OneDevice())
+    try:
+        main(settings, model_settings, OneDevice())
+    except KeyboardInterrupt:       # before the loop, which has its own way to stop
+        sys.exit(130)

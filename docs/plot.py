@@ -19,7 +19,7 @@ def read(run):
 
 def curve(axis, entries, key, **style):
     """key over steps; -> whether there is anything"""
-    points = [(m['step'], m[key]) for m in entries if key in m and 'event' not in m]
+    points = [(m['step'], m[key]) for m in entries if m.get(key) is not None and 'event' not in m]
     if points:
         axis.plot(*zip(*points), **style)
     return bool(points)
@@ -28,7 +28,7 @@ def plot_run(axes, name, entries, color):
     loss, bits, norm, rate = axes
     curve(loss, entries, 'loss', color=color, lw=1, alpha=0.5, label=f'{name}, training')
     curve(loss, entries, 'val_loss', color=color, marker='o', ms=4, label=f'{name}, validation')
-    val = [m['val_bpb'] for m in entries if 'val_bpb' in m]
+    val = [m['val_bpb'] for m in entries if m.get('val_bpb') is not None]
     curve(bits, entries, 'val_bpb', color=color, marker='o', ms=4, label=f'{name}: {val[-1]:.3f}' if val else name)
     curve(norm, entries, 'grad_norm', color=color, lw=1, label=name)
     curve(rate, entries, 'lr', color=color, label=name)
@@ -50,7 +50,9 @@ def plot_load(figure, axis, name, loads):
 
 def main(args):
     out = next((a[6:] for a in args if a.startswith('--out=')), 'plot.png')
-    runs = {str(Path(a)).removeprefix('out/'): read(a) for a in args if not a.startswith('--')}
+    paths = [Path(a) for a in args if not a.startswith('--')]
+    names = [p.name for p in paths]
+    runs = {p.name if names.count(p.name) == 1 else str(p): read(p) for p in paths}
     loads = {name: [(m['step'], m['moe/load']) for m in entries if 'moe/load' in m] for name, entries in runs.items()}
     loads = {name: load for name, load in loads.items() if load}
     figure = plt.figure(figsize=(14, 4 + 3.2 * len(loads)), layout='constrained')
