@@ -94,6 +94,8 @@ def main(s):
     with config.user_errors():
         model, tokenizer, ids, stop = load(s)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    if hasattr(signal, 'SIGPIPE'):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
     torch.manual_seed(s.seed)
     count, began = 0, time.perf_counter()
     for i in range(s.num_samples):
