@@ -566,9 +566,9 @@ class Transformer(nn.Module):
                 break
         return torch.cat(out, 1)
 
-    def named_views(self):
-        """(name on disk, view of our tensor): what save_pretrained writes and from_pretrained fills"""
-        for name, t in self.state_dict().items():
+    def named_views(self, state=None):
+        """(name on disk, view of a tensor of state, by default ours): what is saved, and what from_pretrained fills"""
+        for name, t in (state or self.state_dict()).items():
             stem, _, kind = name.rpartition('.')
             if stem.endswith('mlp.experts'):
                 for e, w in enumerate(t):
@@ -577,14 +577,14 @@ class Transformer(nn.Module):
             else:
                 yield name, t
 
-    def snapshot(self, dtype=None):
+    def snapshot(self, dtype=None, state=None):
         """A checkpoint's tensors, copied to the CPU. dtype: theirs by default; the routers' biases stay float32"""
-        c, dtype, views, head = self.config, dtype or self.head.dtype, dict(self.named_views()), self.head.detach()
-        for i in range(c.num_hidden_layers, len(self.model.layers)):    # published MTP layers bring these along
-            views |= {f'model.layers.{i}.embed_tokens.weight': self.model.embed_tokens.weight.detach(),
-                      f'model.layers.{i}.shared_head.head.weight': head}
-        if c.attention == 'mla':                             # for engines whose DeepSeek ties nothing
-            views['lm_head.weight'] = head
+        views, dtype = dict(self.named_views(state)), dtype or self.head.dtype
+        emb = views['model.embed_tokens.weight']
+        head = views.get('lm_head.weight', emb)
+        for i in range(self.config.num_hidden_layers, len(self.model.layers)):      # published MTP layers bring these
+            views |= {f'model.layers.{i}.embed_tokens.weight': emb, f'model.layers.{i}.shared_head.head.weight': head}
+        views |= {'lm_head.weight': head} if self.config.attention == 'mla' else {}  # for engines that tie nothing
         return {n: t.to('cpu', t.dtype if n.endswith('bias') else dtype, copy=True) for n, t in views.items()}
 
     def save_pretrained(self, directory, dtype=None, shard_bytes=5e9, state=None):

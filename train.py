@@ -56,7 +56,7 @@ class Settings:
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, a third slower
     log_interval: int = 10              # steps between progress lines
     eval_interval: int = 250            # steps between evaluations
-    eval_steps: int = 0                 # micro-batches of an evaluation; 0: the whole val split
+    eval_steps: int = 0                 # micro-batches of an evaluation over all ranks; 0: the whole val split
     sample_interval: int = 0            # steps between text samples; 0: none
     sample_prompt: str = '\n'           # what they begin with
     checkpoint_interval: int = 500      # steps between checkpoints; there is always one at the end
@@ -84,18 +84,35 @@ class Settings:
 
 class OneDevice:
     """What the loop asks about distribution. train_ddp.py has another answer to the same questions."""
-    rank, world = 0, 1
+    rank, world, sharded, device = 0, 1, False, None
 
     def wrap(self, model):
+        """-> what is called in the place of the model"""
         return model
 
-    def accumulate(self, model, last):
+    def accumulate(self, last):
         """The context of a micro-step, forward and backward: between ranks, gradients travel after the last one only"""
         return nullcontext()
 
     def sum(self, x):
         """x summed over ranks"""
         return x
+
+    def first(self, f):
+        """What f() is on rank 0"""
+        return f()
+
+    def whole(self, x):
+        """A tensor of which every rank may have a part only"""
+        return x
+
+    def part(self, x, like):
+        """The part of x that this rank has of the tensor like"""
+        return x
+
+    def costs(self, s, c, dtype):
+        """Lines about distribution for --max_steps=0"""
+        return []
 
 # ------------------------------------------------------------------------------------------------------------ pieces
 
@@ -111,11 +128,11 @@ def lr_at(step, s):
         factor = min((s.max_steps - step) / max(s.decay_frac * s.max_steps, 1), 1.0)
     return s.learning_rate * (s.min_lr_frac + (1 - s.min_lr_frac) * max(factor, 0.0))
 
-def pick_device(s):
-    """settings -> torch.device, dtype of the matmuls"""
+def pick_device(s, own=None):
+    """settings, and the rank's own device if it has one -> torch.device, dtype of the matmuls"""
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
-        device = torch.device(best if s.device == 'auto' else s.device)
+        device = torch.device(best if s.device == 'auto' else s.device) if own is None else own
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={s.device}: not usable here ({str(e).splitlines()[0]}); --device={best} is') from e
@@ -202,14 +219,16 @@ def evaluate(model, data, s, device, amp, dist):
     """Mean next-token loss over the val split, or its first eval_steps micro-batches, in nats per token"""
     count = data.windows('val', s.block_size)
     if s.eval_steps:
-        count = min(count, s.eval_steps * s.batch_size * dist.world)
+        count = min(count, s.eval_steps * s.batch_size)     # the same for any number of ranks
     total = torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    for first in range(dist.rank * s.batch_size, count, dist.world * s.batch_size):
-        x, y = to_device(data.eval_batch('val', first, min(s.batch_size, count - first), s.block_size), device)
+    for first in range(0, count, dist.world * s.batch_size):
+        mine = first + dist.rank * s.batch_size
+        rows = max(min(s.batch_size, count - mine), 0)      # with none left, window 0 with no weight: all ranks compute
+        x, y = to_device(data.eval_batch('val', mine if rows else 0, max(rows, 1), s.block_size), device)
         with amp():
             _, loss = model(x, y)
-        total += torch.stack((loss.double() * len(x), loss.new_tensor(len(x)).double()))
+        total += torch.stack((loss.double() * rows, loss.new_tensor(rows).double()))
     model.train()
     loss, rows = dist.sum(total).tolist()
     return loss / rows
@@ -281,6 +300,13 @@ class Log:
             f and f.close()
         if self.wandb:
             self.wandb.finish()
+
+class Silence:
+    """The log of the other ranks"""
+    def __getattr__(self, name):
+        return self
+    def __call__(self, *args, **kwargs):
+        return self
 
 def memory_estimate(s, c, dtype):
     """-> bytes for weights, gradients and AdamW's moments (float32); bytes for what a micro-step keeps for its backward
@@ -396,18 +422,23 @@ def newest(out_dir, say):
             return checkpoint
         say(f'{checkpoint} is damaged ({problem}): going back to the one before')
 
-def cpu_copy(x):
-    """A copy on the CPU of all tensors in dicts and lists, which training cannot change any more"""
+def cpu_copy(x, dist):
+    """A copy on the CPU of all tensors in dicts and lists, which training cannot change any more; on rank 0, whole"""
     if isinstance(x, dict):
-        return {k: cpu_copy(v) for k, v in x.items()}
+        return {k: cpu_copy(v, dist) for k, v in x.items()}
     if isinstance(x, (list, tuple)):
-        return [cpu_copy(v) for v in x]
-    return x.detach().to('cpu', copy=True) if isinstance(x, torch.Tensor) else x
+        return [cpu_copy(v, dist) for v in x]
+    if not isinstance(x, torch.Tensor):
+        return x
+    x = dist.whole(x.detach())
+    return x.to('cpu', copy=True) if dist.rank == 0 else None
 
 def save_checkpoint(run, evaluated):
     """Copies the state, and writes it as out_dir/step-N in the background. evaluated: the validation loss is of now"""
     finish_writing(run)
-    s, c, began = run.s, run.model.config, time.perf_counter()
+    s, c, dist, began = run.s, run.model.config, run.dist, time.perf_counter()
+    if dist.rank and not dist.sharded:
+        return
     state = {'version': VERSION, 'step': run.step, 'skipped': run.skipped, 'rollbacks': run.rollbacks,
              'history': run.history, 'about': run.about, 'optimizer': run.optimizer.state_dict(),
              'scaler': run.scaler.state_dict(), 'rng': {'cpu': torch.get_rng_state()}}
@@ -415,9 +446,12 @@ def save_checkpoint(run, evaluated):
         state['rng'][run.device.type] = torch.get_device_module(run.device).get_rng_state()
     loss = run.about['validation'] if evaluated and math.isfinite(run.about['validation']) else None
     settings = {**asdict(s), **asdict(c), **run.identity, 'version': VERSION, 'val_loss': loss}
-    card = model_card(s, run.model, run.step, run.data, run.about)
+    card = model_card(run)
+    state, weights = cpu_copy(state, dist), cpu_copy(run.model.state_dict(), dist) if dist.sharded else None
     final = Path(s.out_dir) / f'step-{run.step:06d}'
-    run.writing = run.pool.submit(write_checkpoint, final, run, cpu_copy(state), run.model.snapshot(), settings, card)
+    if dist.rank == 0:
+        weights = run.model.snapshot(state=weights)
+        run.writing = run.pool.submit(write_checkpoint, final, run, state, weights, settings, card)
     run.paused = time.perf_counter() - began
 
 def write_checkpoint(final, run, state, weights, settings, card):
@@ -487,26 +521,25 @@ def finish_writing(run):
         run.log.say(f'{run.writing.result()}; the loop paused for {run.paused:.2f} s')
         run.writing = None
 
-def model_card(s, model, step, data, about):
-    c, table = model.config, model.parameter_table()
-    kind = c.to_hf()['architectures'][0]
-    tokens = step * (s.global_batch_size or s.batch_size) * s.block_size
+def model_card(run):
+    s, c, data, about, table = run.s, run.model.config, run.data, run.about, run.model.parameter_table()
+    kind, script = c.to_hf()['architectures'][0], 'python' if run.dist.world == 1 else 'torchrun'
     base = f'\nbase_model: {s.init_from}' if s.init_from and not Path(s.init_from).is_dir() else ''
     return f"""---
 library_name: {'nanoseek' if kind.startswith('nanoseek') else 'transformers'}
 pipeline_tag: text-generation
 tags: [nanoseek]{base}
 ---
-# {Path(s.out_dir).name}, step {step:,}
+# {Path(s.out_dir).name}, step {run.step:,}
 
 {kind}: {architecture(c)}, context {c.max_position_embeddings:,}.
 {table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
 
 - started from: {s.init_from or 'random weights'}
 - data: {data.meta['source']['name']} ({data.meta['source']['license']}), tokenizer {data.meta['tokenizer']['name']}
-- tokens seen: {tokens:,}
+- tokens seen: {run.step * run.batch * s.block_size:,}
 - losses: {', '.join(f'{k} {v:.4f}' for k, v in about.items()) or 'not evaluated yet'}
-- command: `python {' '.join(sys.argv)}`
+- command: `{script} {' '.join(sys.argv)}`, {run.dist.world} process{'es' * (run.dist.world > 1)}
 """
 
 def load_trainer(run, checkpoint):
@@ -516,6 +549,9 @@ def load_trainer(run, checkpoint):
         state = torch.load(file, map_location='cpu', weights_only=True)     # tensors and plain values, nothing executed
     except Exception as e:          # whatever its layers raise
         raise OSError(f'{file} cannot be read: {str(e).strip().splitlines()[0]}') from e
+    for i, p in enumerate(p for group in run.optimizer.param_groups for p in group['params']):
+        own = state['optimizer']['state'].get(i, {})
+        own |= {name: run.dist.part(t, p) for name, t in own.items() if t.shape == p.shape}
     run.optimizer.load_state_dict(state['optimizer'])
     run.scaler.load_state_dict(state['scaler'])
     torch.set_rng_state(state['rng']['cpu'])
@@ -595,29 +631,32 @@ def setup(s, model_settings, dist):
             raise ValueError(f'{package}=true needs its package: pip install {package}')
     if Path(s.out_dir).exists() and not Path(s.out_dir).is_dir():
         raise ValueError(f'out_dir={s.out_dir}: a file has this name')
-    device, dtype = pick_device(s)
+    device, dtype = pick_device(s, dist.device)
     path = Path(s.dataset) if Path(s.dataset, 'meta.json').is_file() else Path('data', s.dataset)
     given = {k: v for k, v in model_settings.items() if k != 'vocab_size' or v}
     if s.max_steps == 0:
         folder = s.init_from and hub_folder(s.init_from, MODEL_FILES)
         c = plan(given, folder, TokenData(path) if (path / 'meta.json').is_file() else None)
-        print(*describe(s, c, memory_estimate(s, c, dtype)), sep='\n')
+        print(*describe(s, c, memory_estimate(s, c, dtype)), *dist.costs(s, c, dtype), sep='\n')
         sys.exit(0)
     data = TokenData(path)
     for split in ('train', 'val'):
         data.windows(split, s.block_size)
-    if s.global_batch_size % (s.batch_size * dist.world):
+    if s.global_batch_size % (rows := s.batch_size * dist.world):
+        near = sorted({max(s.global_batch_size // rows, 1) * rows, (s.global_batch_size // rows + 1) * rows})
         raise ValueError(f'global_batch_size={s.global_batch_size}: must be a multiple of batch_size={s.batch_size} '
-                         f'x {dist.world} {"device" if dist.world == 1 else "devices"}')
+                         f'x {dist.world} {"device" if dist.world == 1 else "devices"}, such as '
+                         f'{" or ".join(map(str, near))}')
     if s.sample_interval:
         encode(load_tokenizer(path), s.sample_prompt)
-    data.check()
+    if dist.rank == 0:
+        data.check()
     batch = s.global_batch_size or s.batch_size * dist.world
     identity = {'seed': s.seed, 'block_size': s.block_size, 'batch': batch, 'data': data.fingerprint()}
-    found = find_resume(s, identity)
+    found = dist.first(lambda: find_resume(s, identity))
     return SimpleNamespace(s=s, dist=dist, data=data, model=build_model(s, given, found, data), device=device,
                            dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0, rollbacks=0,
-                           bad=0, history=[], losses={}, about={}, writing=None)
+                           bad=0, history=[], losses={}, about={}, writing=None, caught=[], stop=False)
 
 def clear(s, found, step):
     """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
@@ -634,6 +673,7 @@ def start(run):
     s, model, device, dtype, found = run.s, run.model, run.device, run.dtype, run.found
     model.to(device).train()
     model.gradient_checkpointing = s.gradient_checkpointing
+    forward = run.dist.wrap(model)
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
@@ -641,18 +681,20 @@ def start(run):
     if found:
         load_trainer(run, found)
     if run.step >= s.max_steps:
-        print(f'{found} is complete: go on with --max_steps={run.step + 1000}, or start over with --resume=never')
+        if run.dist.rank == 0:
+            print(f'{found} is complete: go on with --max_steps={run.step + 1000}, or start over with --resume=never')
         return False
-    clear(s, found, run.step)
+    run.dist.first(lambda: clear(s, found, run.step))
     resolved = {**asdict(s), **asdict(model.config), **versions()}
-    run.log, run.pool = Log(s, run.step, resolved), ThreadPoolExecutor(1)
-    (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
+    run.log, run.pool = Log(s, run.step, resolved) if run.dist.rank == 0 else Silence(), ThreadPoolExecutor(1)
+    if run.dist.rank == 0:
+        (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
     run.first, estimate = run.step, memory_estimate(s, model.config, dtype)
     for line in (*describe(s, model.config, estimate), *([f'going on from {found}'] if found else [])):
         run.log.say(line)
     if sum(estimate) > memory_limit(device):
         run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
-    run.forward, problem = compiled(model, run.dist.wrap(model), s, device, run.amp)
+    run.forward, problem = compiled(model, forward, s, device, run.amp)
     if problem:
         run.log.say(problem)
     rate, run.accumulation = matmul_rate(device, dtype), run.batch // (s.batch_size * run.dist.world)
@@ -663,8 +705,11 @@ def start(run):
     return True
 
 def train(run):
-    s, caught, clock, since = run.s, catch_signals(), time.perf_counter(), run.step
+    s, clock, since = run.s, time.perf_counter(), run.step
+    run.caught = catch_signals()
     while run.step < s.max_steps:
+        if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
+            run.caught.append(f'max_minutes={s.max_minutes:g}')
         losses = micro_steps(run)
         norm, load, good = update(run, losses)
         run.step += 1
@@ -672,9 +717,7 @@ def train(run):
             roll_back(run)
             clock, since = time.perf_counter(), run.step
             continue
-        if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
-            caught.append(f'max_minutes={s.max_minutes:g}')
-        last = run.step == s.max_steps or bool(caught)
+        last = run.step == s.max_steps or run.stop
         if good and (run.step % s.log_interval == 0 or run.step == run.first + 1 or last):
             run.losses = {k: (run.dist.sum(v) / run.dist.world).item() for k, v in losses.items()}
             log_step(run, load, norm, (time.perf_counter() - clock) * 1e3 / (run.step - since))
@@ -682,11 +725,12 @@ def train(run):
         pause = time.perf_counter()
         look(run, load, last)
         clock += time.perf_counter() - pause        # step_ms is of steps alone
-        if caught:
+        if run.stop:
             break
     finish_writing(run)
-    if caught:
-        run.log.say(f'{caught[0]}: stopped after step {run.step}; the same command goes on from here')
+    if run.stop:
+        why = run.caught[0] if run.caught else 'another rank'
+        run.log.say(f'{why}: stopped after step {run.step}; the same command goes on from here')
     run.log.close()
 
 def rows(run, micro):
@@ -699,7 +743,7 @@ def micro_steps(run):
     s, losses = run.s, {}
     for micro in range(run.accumulation):
         x, y = to_device(run.data.batch('train', rows(run, micro), s.block_size, s.seed), run.device)
-        with run.dist.accumulate(run.model, last=micro == run.accumulation - 1):
+        with run.dist.accumulate(last=micro == run.accumulation - 1):
             with run.amp():
                 _, loss = run.forward(x, y)
             run.scaler.scale(loss / run.accumulation).backward()
@@ -714,7 +758,11 @@ def update(run, losses):
         group['lr'] = lr_at(run.step, s)
     scaler.unscale_(run.optimizer)
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    loss, norm = torch.stack((dist.sum(losses['main']) / dist.world, total)).tolist()
+    whole = dist.whole(total).float()
+    caught = whole.new_tensor(float(len(run.caught)))
+    loss, stop, doubt = dist.sum(torch.stack((losses['main'] / dist.world, caught, 0 * whole))).tolist()
+    norm = whole.item() + doubt     # 0, or nan where it is not finite on any rank
+    run.stop = stop > 0         # for all ranks in the same step
     load = dist.sum(model.expert_load.clone())
     overflow = scaler.is_enabled() and scaler.get_scale() > 1       # float16: so it finds its scale
     good = math.isfinite(loss) and (math.isfinite(norm) or overflow)
@@ -775,7 +823,7 @@ def roll_back(run):
     s, log, found = run.s, run.log, None
     finish_writing(run)
     if run.rollbacks < s.max_rollbacks:
-        found = newest(s.out_dir, log.say)
+        found = run.dist.first(lambda: newest(s.out_dir, log.say))
         if run.found and (not found or int(found.name[5:]) < run.first):    # it may be in another folder
             found = None if damage(run.found) else run.found
     if not found:
@@ -784,7 +832,10 @@ def roll_back(run):
                 f'{s.learning_rate:g}) or a longer warmup_steps ({s.warmup_steps})')
         sys.exit(1)
     position, bad, times = run.step + run.skipped, run.bad, run.rollbacks + 1
-    run.model.load_state_dict(Transformer.from_pretrained(found).state_dict())
+    fresh = Transformer.from_pretrained(found).state_dict()
+    with torch.no_grad():
+        for name, t in run.model.state_dict().items():
+            t.copy_(run.dist.part(fresh[name], t))
     load_trainer(run, found)
     run.skipped, run.rollbacks, run.bad = position - run.step, times, 0
     log.rewind(run.step, events=True)
@@ -849,7 +900,7 @@ def main(s, model_settings, dist):
         c, problem = run.model.config, None
     if not problem:
         del run                     # with all that fills the memory
-        device, dtype = pick_device(s)
+        device, dtype = pick_device(s, dist.device)
         problem = f'out of memory: {smaller(s, c, dtype, device)}'
     print(f'{Path(sys.argv[0]).name}: {problem}', file=sys.stderr)
     sys.exit(2)
