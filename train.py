@@ -692,7 +692,7 @@ def start(run):
     run.first, estimate = run.step, memory_estimate(s, model.config, dtype)
     for line in (*describe(s, model.config, estimate), *([f'going on from {found}'] if found else [])):
         run.log.say(line)
-    if sum(estimate) > memory_limit(device):
+    if not run.dist.sharded and sum(estimate) > memory_limit(device):
         run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
     run.forward, problem = compiled(model, forward, s, device, run.amp)
     if problem:

@@ -82,7 +82,7 @@ def wanted(hint):
 
 def describe(cls):
     """A line per field: name, default, type and the comment behind it in the source."""
-    notes = dict(re.findall(r'^    (\w+):[^#\n]*#\s*(.*)$', inspect.getsource(cls), re.M))
+    notes = dict(re.findall(r'^    (\w+):[^#\n]*#\s*(.*)$', ''.join(map(inspect.getsource, cls.__mro__[:-1])), re.M))
     rows = [(f'  --{f.name}={f.default!r}', wanted(hint), notes.get(f.name, ''))
             for f, hint in zip(dataclasses.fields(cls), typing.get_type_hints(cls).values())]
     w = [max(len(r[i]) for r in rows) for i in (0, 1)]
