@@ -708,8 +708,6 @@ def train(run):
     s, clock, since = run.s, time.perf_counter(), run.step
     run.caught = catch_signals()
     while run.step < s.max_steps:
-        if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
-            run.caught.append(f'max_minutes={s.max_minutes:g}')
         losses = micro_steps(run)
         norm, load, good = update(run, losses)
         run.step += 1
@@ -756,6 +754,8 @@ def update(run, losses):
     s, model, scaler, dist = run.s, run.model, run.scaler, run.dist
     for group in run.optimizer.param_groups:
         group['lr'] = lr_at(run.step, s)
+    if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
+        run.caught.append(f'max_minutes={s.max_minutes:g}')
     scaler.unscale_(run.optimizer)
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     whole = dist.whole(total).float()
