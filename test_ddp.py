@@ -113,7 +113,7 @@ def alone(place, name, *args, stop=None):
     handlers, original = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, train.micro_steps
 
     def micro_steps(run):
-        train.STARTED = 0 if run.step + 2 == stop else train.STARTED
+        train.STARTED = 0 if run.step + 1 == stop else train.STARTED
         return original(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place / name)
@@ -143,7 +143,7 @@ def single(place):
 @pytest.fixture(scope='session')
 def two(place, single):
     """All that two ranks do, in one torchrun"""
-    jobs = [job(place, 'chain', *CHAIN, fault=['minutes', 1, 9])]
+    jobs = [job(place, 'chain', *CHAIN, fault=['minutes', 1, 10])]
     jobs += [job(place, f'{kind}-{parallel}-2', *args, f'--parallel={parallel}')
              for kind, args in KINDS.items() for parallel in ('ddp', 'fsdp')]
     jobs += [job(place, f'{fault}-{parallel}', *DENSE, f'--parallel={parallel}', fault=[fault, 1, 7, 12, 13, 14])
