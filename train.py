@@ -8,7 +8,7 @@ train.log and step-N/ directories, each a Hugging Face model. The same command a
 """
 import importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -509,8 +509,9 @@ def prune(out_dir, keep):
     """Leaves the newest checkpoints, and of those that were evaluated the one with the lowest validation loss"""
     found, losses = checkpoints(out_dir) if keep else [], {}
     for checkpoint in found:
-        loss = json.loads((checkpoint / 'trainer' / 'settings.json').read_text()).get('val_loss')
-        losses |= {loss: checkpoint} if loss is not None else {}
+        with suppress(OSError, ValueError):     # an old one that is damaged does not end the run
+            loss = json.loads((checkpoint / 'trainer' / 'settings.json').read_text()).get('val_loss')
+            losses |= {loss: checkpoint} if loss is not None else {}
     for old in found[:-keep]:
         if not losses or old != losses[min(losses)]:
             remove(old)

@@ -42,6 +42,9 @@ class Ranks:
         cuda = torch.cuda.is_available() and s.device in ('auto', 'cuda')
         self.device = torch.device('cuda', local) if cuda else torch.device('cpu')
         self.sharded, self.settings = s.parallel == 'fsdp', s
+        if self.sharded and train.pick_device(s, self.device)[1] == torch.float16:
+            raise ValueError('parallel=fsdp and dtype=float16: its scaler would see one shard only; take bfloat16, float32 '
+                             'or parallel=ddp')
         if cuda:
             torch.cuda.set_device(self.device)
         wait = datetime.timedelta(minutes=s.timeout_minutes)
@@ -98,6 +101,11 @@ class Ranks:
             return x
         return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
+class Planned(train.OneDevice):
+    """What --max_steps=0 asks"""
+    def costs(self, s, c, dtype):
+        return costs(s, c, dtype)
+
 def costs(s, c, dtype):
     """Lines of a table: memory and traffic of a device, for numbers of devices from 1 to 512, with batch_size each. A
     ring all-reduce of n bytes sends 2n (N-1)/N per device, an all-gather or a reduce-scatter half of that."""
@@ -120,7 +128,7 @@ def main():
     given, model_settings = config.load(Settings, Config, usage=__doc__)
     settings = Settings(**given)
     if settings.max_steps == 0:
-        train.setup(settings, model_settings, type('Planned', (train.OneDevice,), {'costs': staticmethod(costs)})())
+        train.setup(settings, model_settings, Planned())
     if 'RANK' not in os.environ:
         raise ValueError('start it with torchrun: torchrun --standalone --nproc_per_node=2 train_ddp.py ...')
     if RESTARTS and train.checkpoints(settings.out_dir):
@@ -142,8 +150,9 @@ if __name__ == '__main__':
         config.user_errors = silent_errors
     with config.user_errors():
         settings, model_settings = main()
+        ranks = Ranks(settings)
     try:
-        train.main(settings, model_settings, Ranks(settings))
+        train.main(settings, model_settings, ranks)
         dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)

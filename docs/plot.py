@@ -1,7 +1,7 @@
 """Plot runs from their metrics.jsonl: python docs/plot.py out/a [out/b ...] [--out=plot.png]. Needs matplotlib.
 
-Loss, bits per byte, gradient norm and learning rate of all runs, side by side; below, for each run with experts, how the
-router spreads the tokens: every expert's share over the ideal at each evaluation, layers one above the other.
+Loss, bits per byte, gradient norm and learning rate of all runs, side by side; below, for each run with experts, how
+the router spreads the tokens: every expert's share over the ideal at each evaluation, layers one above the other.
 """
 import json, sys
 from pathlib import Path
