@@ -763,6 +763,14 @@ def test_sample_takes_the_newest_and_not_the_best(tmp_path, go, capfd, monkeypat
     assert capfd.readouterr().err.startswith('out/tiny/step-000018: ')
 
 
+def test_an_old_damaged_checkpoint_does_not_end_a_run(tmp_path, go):
+    args = ['--max_steps=8', '--checkpoint_interval=2', '--keep_checkpoints=2']
+    with stopping(4, 'SIGTERM'):
+        assert go(tmp_path, *args).returncode == 0
+    (tmp_path / 'out/tiny/step-000002/trainer/settings.json').write_text('{')
+    assert go(tmp_path, *args).returncode == 0 and names(tmp_path)[-2:] == ['step-000006', 'step-000008']
+
+
 def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, go):
     """The first checkpoint's is nan, so that what is compared with it would win or lose by their order"""
     evaluate = train.evaluate

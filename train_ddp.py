@@ -43,8 +43,8 @@ class Ranks:
         self.device = torch.device('cuda', local) if cuda else torch.device('cpu')
         self.sharded, self.settings = s.parallel == 'fsdp', s
         if self.sharded and train.pick_device(s, self.device)[1] == torch.float16:
-            raise ValueError('parallel=fsdp and dtype=float16: its scaler would see one shard only; take bfloat16, float32 '
-                             'or parallel=ddp')
+            raise ValueError('parallel=fsdp and dtype=float16: its scaler would see one shard only; take bfloat16, '
+                             'float32 or parallel=ddp')
         if cuda:
             torch.cuda.set_device(self.device)
         wait = datetime.timedelta(minutes=s.timeout_minutes)
