@@ -4,10 +4,11 @@
     python prepare.py mybook.txt --tokenizer=bpe:1024   # any UTF-8 text file -> data/mybook/
 
 writes data/NAME/{train,val,test}.bin (token ids, little-endian), tokenizer.json (Hugging Face tokenizers format,
-whichever tokenizer made the ids) and meta.json (what the rest means). Read back with TokenData and load_tokenizer.
+whichever tokenizer made the ids) and meta.json (what the rest means). Read back with open_data and load_tokenizer.
 """
-import hashlib, http.client, json, os, re, time, urllib.request, zlib
+import hashlib, http.client, json, math, os, re, time, urllib.request, zlib
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,19 @@ def hub_folder(name, files):
 # Reading: tokens
 
 
+def open_data(dataset, root='data'):
+    """A path, or a folder under root -> TokenData; {such a name: its share, ...} -> Mixture. ValueError"""
+    if isinstance(dataset, str):
+        return TokenData(dataset if Path(dataset, 'meta.json').is_file() else Path(root, dataset))
+    counts = whole_counts(dataset)
+    opened = {name: open_data(name, root) for name in dataset}
+    return Mixture(opened, counts) if len(opened) > 1 else opened.popitem()[1]
+
+
+class NoDataset(ValueError):
+    """It has not been prepared"""
+
+
 class TokenData:
     """data/NAME as prepare.py wrote it: meta, vocab_size, dtype, eot_id, splits {name: ids (N,), left on disk}.
     ValueError when it is not there, or not what its meta.json says."""
@@ -330,7 +344,7 @@ class TokenData:
         self.directory = Path(directory)
         file, run = self.directory / 'meta.json', f"run 'python prepare.py {self.directory.name}'"
         if not file.is_file():
-            raise ValueError(f'no dataset in {directory}: {run}')
+            raise NoDataset(f'no dataset in {directory}: {run}')
         try:
             self.meta = meta = json.loads(file.read_bytes())
             if meta['version'] != VERSION:
@@ -349,6 +363,11 @@ class TokenData:
         if hashlib.sha256(read_file(file)).hexdigest() != tokenizer_sha256:
             raise ValueError(f'{file} is not the one that made the tokens: {run} again')
         self.splits = {split: np.memmap(self.directory / f'{split}.bin', self.dtype, 'r') for split in sizes}
+
+    @property
+    def sources(self):
+        """{name: (TokenData, share)}, as a Mixture has several"""
+        return {self.directory.name: (self, 1.0)}
 
     def check(self, size=1 << 24):
         """Reads all tokens. ValueError for one that is not in the vocabulary"""
@@ -401,6 +420,91 @@ class TokenData:
     def sequences(self, split, start, block_size):
         at = start[:, None] + np.arange(block_size)                                         # (B, T)
         return self.splits[split][at].astype(np.int64), self.splits[split][at + 1].astype(np.int64)
+
+
+class Mixture:
+    """Datasets of one tokenizer, opened {name: TokenData}, read as if they were one: of every sum(counts) sequences,
+    counts (k,) are from each. Neither the order of the names nor where the folders are makes a difference."""
+
+    def __init__(self, opened, counts):
+        prints = {name: data.fingerprint() for name, data in opened.items()}
+        counts = dict(sorted(zip(opened, counts), key=lambda pair: prints[pair[0]]))
+        self.counts = np.array([*counts.values()])                                          # (k,)
+        self.source, self.rank = schedule([*counts.values()])                               # (period,), (period,)
+        self.sources = {name: (opened[name], n / len(self.source)) for name, n in counts.items()}
+        self.keys = [zlib.crc32(prints[name].encode()) << 32 for name in counts]            # of the seeds
+        self.name = ' + '.join(f'{n}/{len(self.source)} {prints[name]}' for name, n in counts.items())
+        first, *others = (data for data, _ in self.sources.values())
+        for data in others:
+            if data.meta['tokenizer']['sha256'] != first.meta['tokenizer']['sha256']:
+                raise ValueError(f'{first.directory} and {data.directory} were made with different tokenizers: run '
+                                 'prepare.py again for one of them, for the second with '
+                                 f'--tokenizer={first.directory} --out_dir={data.directory}')
+        self.directory, self.vocab_size, self.eot_id = first.directory, first.vocab_size, first.eot_id
+
+    def check(self):
+        for data, _ in self.sources.values():
+            data.check()
+
+    def fingerprint(self):
+        return self.name
+
+    def windows(self, split, block_size):
+        return sum(data.windows(split, block_size) for data, _ in self.sources.values())
+
+    def bytes_per_token(self, split):
+        return sum(share * data.bytes_per_token(split) for data, share in self.sources.values())
+
+    def drawn(self, n):
+        """How many of the first n sequences are from each source, {name: count}"""
+        period, rest = divmod(n, len(self.source))
+        counts = period * self.counts + np.bincount(self.source[:rest], minlength=len(self.counts))
+        return dict(zip(self.sources, counts.tolist()))
+
+    def batch(self, split, indices, block_size, seed):
+        """As TokenData's. Each source has its own endless stream, from a seed of its own, so that two of the same size
+        are not in the same order; sequence i of the mixture is number own[i] of one of them."""
+        period, at = np.divmod(np.asarray(indices), len(self.source))                       # (B,), (B,)
+        source = self.source[at]
+        own = period * self.counts[source] + self.rank[at]                                  # (B,)
+        x, y = np.empty((2, len(at), block_size), np.int64)                                 # (B, T), (B, T)
+        for i, (data, _) in enumerate(self.sources.values()):
+            if (mine := source == i).any():
+                x[mine], y[mine] = data.batch(split, own[mine], block_size, seed ^ self.keys[i])
+        return x, y
+
+
+def whole_counts(shares, longest=100_000):
+    """{name: share} -> how many sequences of a period are from each. It is the shortest period in which the shares, as
+    they are written, come out exactly, or the longest one, where they are rounded (largest remainders)."""
+    for name, share in shares.items():
+        if not isinstance(name, str) or type(share) not in (int, float) or not 0 < share < math.inf:
+            raise ValueError(f'dataset={shares}: the share of {name!r} is {share!r}, must be a number above 0')
+    if not shares:
+        raise ValueError("dataset={}: must name at least one, as in {'shakespeare': 0.7, 'mybook': 0.3}")
+    exact = [Fraction(str(share)) for share in shares.values()]
+    exact = [share / sum(exact) for share in exact]
+    period = min(math.lcm(*(share.denominator for share in exact)), longest)
+    counts = [int(share * period) for share in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i] * period)[:period - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        raise ValueError(f'dataset={shares}: the share of {list(shares)[counts.index(0)]!r} is below one sequence in '
+                         f'{longest:,}: raise it')
+    return counts
+
+
+def schedule(counts):
+    """How many sequences of a period are from each of k sources -> the source of each sequence, and its rank among
+    those of that source, (period,) both. Among the first n, for any n, a source has n times its share within
+    1 - 1/(2k - 2): nothing smaller is always possible (Tijdeman, The chairman assignment problem, 1980)."""
+    period, m, taken, source, rank = sum(counts), 2 * len(counts) - 2, [0] * len(counts), [], []
+    for n in range(1, period + 1):
+        may = [i for i, c in enumerate(counts) if m * (n * c - taken[i] * period) >= period]    # not too early
+        i = min(may, key=lambda i: (m * taken[i] + m - 1) * period // (m * counts[i]))          # who must come first
+        source.append(i), rank.append(taken[i])
+        taken[i] += 1
+    return np.array(source), np.array(rank)
 
 
 def scramble(x):

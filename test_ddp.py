@@ -22,7 +22,8 @@ MOE = [*TINY, '--attention=mla', '--kv_lora_rank=16', '--qk_nope_head_dim=8', '-
        '--n_routed_experts=8', '--n_shared_experts=1', '--num_experts_per_tok=2', '--moe_intermediate_size=16',
        '--first_k_dense_replace=1', '--n_group=2', '--topk_group=1', '--seq_aux_loss_weight=1e-2',
        '--bias_update_speed=0.01', '--num_nextn_predict_layers=1']
-KINDS = {'dense': DENSE, 'moe': MOE, 'linear': [*TINY, '--attention=linear']}
+KINDS = {'dense': DENSE, 'moe': MOE, 'linear': [*TINY, '--attention=linear'],
+         'mixed': [*DENSE, "--dataset={'../small': 0.7, '../other': 0.3}"]}
 TIMES = {'elapsed_s', 'step_ms', 'tok_per_s', 'mfu', 'memory_mb'}
 
 WORKER = f"""
@@ -84,10 +85,11 @@ dist.is_initialized() and destroy()
 
 @pytest.fixture(scope='session')
 def place(tmp_path_factory):
-    """A dataset of 6,000 characters, whose val split is 9 sequences, and the worker"""
-    folder = tmp_path_factory.mktemp('ddp')
-    (folder / 'small.txt').write_text((HERE / 'data/shakespeare/input.txt').read_text()[:6000])
-    prepare.prepare(prepare.Settings(str(folder / 'small.txt'), out_dir=str(folder / 'small')))
+    """A dataset of 6,000 characters, whose val split is 9 sequences, another to mix with it, and the worker"""
+    folder, text = tmp_path_factory.mktemp('ddp'), (HERE / 'data/shakespeare/input.txt').read_text()[:6000]
+    for name, part, tokenizer in (('small', text, ''), ('other', text[::-2], str(folder / 'small'))):
+        (folder / f'{name}.txt').write_text(part)
+        prepare.prepare(prepare.Settings(str(folder / f'{name}.txt'), tokenizer, out_dir=str(folder / name)))
     (folder / 'worker.py').write_text(WORKER)
     return folder
 

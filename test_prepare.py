@@ -1,13 +1,15 @@
 """Tests of prepare.py. Those that need SmolLM2's tokenizer, tiktoken's cache or tinyshakespeare.txt look in the folder
 $NANOSEEK_ASSETS (smollm2/, tiktoken/, tinyshakespeare.txt) and are skipped without it."""
-import hashlib, json, os, random, subprocess, sys
+import hashlib, json, os, random, shutil, subprocess, sys, zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import prepare
-from prepare import Settings, TokenData, decode, encode, load_tokenizer, permute, save_tokenizer, scramble, tokenize
+from prepare import (Settings, TokenData, decode, encode, load_tokenizer, open_data, permute, save_tokenizer, schedule,
+                     scramble, tokenize, whole_counts)
 
 HERE = Path(prepare.__file__).parent
 # What a careless reader or tokenizer would change: newlines, NUL, accents in two spellings, special tokens as text.
@@ -315,6 +317,100 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
     (folder / 'val.bin').unlink()
     with pytest.raises(ValueError, match='val.bin has 0 bytes'):
         TokenData(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mixtures
+
+
+@pytest.mark.parametrize('shares', [
+    (0.7, 0.3), (1, 1), (0.001, 0.999), (0.5, 0.3, 0.2), (0.333333,) * 3, (0.333333, 0.333333, 0.333334), (2, 3, 7),
+    (0.001, 0.6, 0.399), (0.25, 0.25, 0.2, 0.2, 0.1), (0.001, 0.4, 0.3, 0.2, 0.099), (1, 2, 3, 5, 8, 13, 21)])
+def test_any_stretch_of_a_mixture_has_its_shares(shares):
+    k, exact = len(shares), [Fraction(str(share)) for share in shares]
+    counts = whole_counts({str(i): share for i, share in enumerate(shares)})
+    period, (source, rank) = sum(counts), schedule(counts)
+    assert len(source) == period <= 100_000 and np.bincount(source).tolist() == counts
+    for i in range(k):
+        error = abs(Fraction(counts[i], period) - exact[i] / sum(exact))
+        assert error == 0 if period < 100_000 else error < Fraction(1, period)
+        assert rank[source == i].tolist() == list(range(counts[i]))
+    seen = (np.tile(source, 3)[:, None] == np.arange(k)).cumsum(0)          # of each source in the first n
+    seen = np.concatenate([np.zeros((1, k), int), seen])
+    lengths = range(1, 2 * period) if period < 2000 else random.Random(1).sample(range(1, 2 * period), 100)
+    for n in lengths:                       # all in integers: |count - n * share| times the period
+        off = abs((seen[n:] - seen[:-n]) * period - n * np.array(counts))
+        assert off.max() <= period if k == 2 else off.max() < 2 * period
+    off = abs(seen * period - np.arange(len(seen))[:, None] * counts)
+    assert off.max() * (2 * k - 2) <= period * (2 * k - 3)
+
+
+@pytest.fixture
+def slopes(tmp_path):
+    """Datasets of one tokenizer in which a token is followed by the next one (up), the one before it (down), or the one
+    three further on (third), so that two tokens tell where they are from"""
+    text = ''.join(map(chr, range(0x4e00, 0x4e00 + 2000)))
+    for name, part in (('up', text), ('down', text[::-1]), ('third', text[::3])):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name, part, '' if name == 'up' else str(tmp_path / 'up/data'))
+    return {name: str(tmp_path / name / 'data') for name in ('up', 'down', 'third')}
+
+
+SLOPE = {'up': 1, 'down': -1, 'third': 3}
+
+
+def test_a_mixture_is_what_a_counter_for_each_source_gives(slopes):
+    shares = {'up': 0.5, 'down': 0.2, 'third': 0.3}
+    mixture = open_data({slopes[name]: share for name, share in shares.items()})
+    x, y = mixture.batch('train', range(500), 50, seed=7)
+    assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (500, 50)
+    counters = dict.fromkeys(shares, 0)
+    for i in range(500):
+        name = next(name for name, slope in SLOPE.items() if slope == y[i, 0] - x[i, 0])
+        data = TokenData(slopes[name])
+        seed = 7 ^ zlib.crc32(data.fingerprint().encode()) << 32
+        x1, y1 = data.batch('train', [counters[name]], 50, seed)
+        assert (x[i] == x1[0]).all() and (y[i] == y1[0]).all()
+        counters[name] += 1
+        assert mixture.drawn(i + 1) == {slopes[n]: count for n, count in counters.items()}
+        assert all(abs(counters[n] - (i + 1) * share) < 1 for n, share in shares.items())
+    assert counters == {'up': 250, 'down': 100, 'third': 150}
+
+
+def test_a_sequence_of_a_mixture_depends_on_seed_and_number_alone(slopes, tmp_path):
+    shares = {slopes['up']: 0.6, slopes['down']: 0.4}
+    numbers, mixture = np.array([0, 5, 34, 35, 36, 1000, 123456789, 5, 2**40]), open_data(shares)
+    x, y = mixture.batch('train', numbers, 50, seed=3)
+    for i in np.random.default_rng(0).permutation(len(numbers)):
+        x1, y1 = open_data(shares).batch('train', numbers[i:i + 1], 50, seed=3)
+        assert (x1[0] == x[i]).all() and (y1[0] == y[i]).all()
+    assert (mixture.batch('train', numbers, 50, seed=4)[0] != x).any()
+    shutil.copytree(slopes['up'], tmp_path / 'data/other')          # other names, in another order
+    same = open_data({slopes['down']: 2, 'other': 3}, root=tmp_path / 'data')
+    assert (same.batch('train', numbers, 50, seed=3)[0] == x).all() and same.fingerprint() == mixture.fingerprint()
+    assert open_data({**shares, slopes['up']: 0.5}).fingerprint() != mixture.fingerprint()
+    one = open_data({slopes['up']: 0.1})                            # is that dataset itself
+    assert (one.batch('train', numbers, 50, 3)[0] == TokenData(slopes['up']).batch('train', numbers, 50, 3)[0]).all()
+
+
+def test_an_epoch_of_a_source_has_every_window_once_in_an_order_of_its_own(slopes):
+    mixture, T, W, orders = open_data({slopes['up']: 0.6, slopes['down']: 0.4}), 50, 35, []
+    x, y = mixture.batch('train', range(400), T, seed=7)
+    for slope in (1, -1):
+        own = x[y[:, 0] - x[:, 0] == slope][:, 0]
+        own = own if slope == 1 else 1999 - own             # where in its text
+        for epoch in own[:len(own) // W * W].reshape(-1, W):
+            starts = sorted(epoch.tolist())
+            assert starts == [min(starts[0] + k * T, 1800 - 1 - T) for k in range(W)] and starts[0] < T
+        orders.append(np.argsort(np.argsort(own[:W])))
+    assert abs(np.corrcoef(orders)[0, 1]) < 0.5             # 3 sigma
+
+
+def test_a_mixture_of_several_tokenizers_is_refused(slopes, tmp_path):
+    other = str(make(tmp_path, NASTY).directory)
+    with pytest.raises(ValueError, match='different tokenizers.*--tokenizer=') as e:
+        open_data({slopes['up']: 1, other: 1})
+    assert slopes['up'] in str(e.value) and f'{other} ' in str(e.value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

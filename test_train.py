@@ -56,13 +56,15 @@ def call(monkeypatch, capfd):
 
 @pytest.fixture(scope='session')
 def home(tmp_path_factory):
-    """A folder with data/mine and data/short, and in out/tiny a model trained on the first"""
+    """A folder with data/mine, data/more of the same tokenizer and data/short, and in out/tiny a model trained on the
+    first"""
     folder, rng = tmp_path_factory.mktemp('home'), random.Random(1)
     words = 'the king and his caf\u00e9 do not go to Rome before we proceed any further hear me speak\n'.split(' ')
     (folder / 'mine.txt').write_text(' '.join(rng.choices(words, k=12000)), encoding='utf-8', newline='')
     (folder / 'short.txt').write_text('to be or not to be ' * 10)
-    for name in ('mine', 'short'):
-        done = run(folder, 'prepare.py', f'{name}.txt')
+    (folder / 'more.txt').write_text(' '.join(rng.choices(words[:5], k=260)), encoding='utf-8', newline='')
+    for name, *args in (['mine'], ['more', '--tokenizer=data/mine'], ['short']):
+        done = run(folder, 'prepare.py', f'{name}.txt', *args)
         assert done.returncode == 0, done.stderr
     done = run(folder, 'train.py', *TINY, '--dataset=mine')
     assert done.returncode == 0, done.stderr
@@ -121,13 +123,15 @@ class Kinds:
     maybe: int | None = 3                   # an int or none
     table: dict | None = None               # a dict or none
     mode: Literal['auto', True, False] = 'auto'  # a choice
+    either: str | dict = 'x'                # a str or a dict
 
 
 @pytest.mark.parametrize('text, value', [
     ('count=1e4', 10000), ('count=12', 12), ('count=-3', -3), ('rate=1', 1.0), ('rate=3e-4', 3e-4), ('flag=true', True),
     ('flag=False', False), ('name=none', 'none'), ('name=12', '12'), ('name=', ''), ('name=a=b --c', 'a=b --c'),
     ('maybe=none', None), ('maybe=1e3', 1000), ('table=none', None), ("table={'factor': 4.0}", {'factor': 4.0}),
-    ('mode=auto', 'auto'), ('mode=true', True), ('mode=false', False)])
+    ('either=a', 'a'), ('either=12', '12'), ("either={'a': 0.7, 'b': 3}", {'a': 0.7, 'b': 3}), ('mode=auto', 'auto'),
+    ('mode=true', True), ('mode=false', False)])
 def test_values_get_the_type_of_their_setting_in_both_spellings(text, value):
     name, _, word = text.partition('=')
     for argv in ([f'--{text}'], [f'--{name}', word]):
@@ -440,6 +444,89 @@ def test_compile_gives_the_same_losses_or_goes_on_without_it(home, tmp_path, cxx
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A mixture of datasets
+
+MIXED = [*DENSE, '--attention=gqa', "--dataset={'mine': 0.7, 'more': 0.3}", '--eval_interval=10']
+
+
+@pytest.fixture(scope='session')
+def mixed(home, tmp_path_factory):
+    """A folder with home's data, and in out/tiny a model trained on two of them"""
+    folder = tmp_path_factory.mktemp('mixed')
+    shutil.copytree(home / 'data', folder / 'data')
+    done = run(folder, 'train.py', *MIXED)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return folder
+
+
+def test_a_mixture_is_evaluated_and_logged_by_source(mixed):
+    *steps, last = metrics(mixed)
+    model, loss = Transformer.from_pretrained(mixed / f'out/tiny/step-{STEPS:06d}').eval(), {}
+    W = {name: (len(ids(mixed, 'train', name)) - 1) // BLOCK for name in ('mine', 'more')}
+    for m in (m for m in steps if 'loss' in m):
+        count = {name: m[f'data/{name}/tokens'] / BLOCK for name in W}
+        assert sum(count.values()) * BLOCK == m['tokens'] and abs(count['mine'] - m['tokens'] / BLOCK * 0.7) <= 0.5
+        assert all(m[f'data/{name}/epochs'] == pytest.approx(count[name] / W[name], abs=1e-4) for name in W)
+    assert steps[-1]['data/more/epochs'] > 1
+    for name in W:
+        loss[name] = validation_loss(model, ids(mixed, 'val', name))
+        split = json.loads((mixed / f'data/{name}/meta.json').read_text())['splits']['val']
+        bits = last[f'val_bpb/{name}'] * split['bytes'] / split['tokens']
+        assert abs(last[f'val_loss/{name}'] - loss[name]) < 1e-5 and abs(bits * math.log(2) - loss[name]) < 1e-5
+    assert last['val_loss'] == pytest.approx(0.7 * last['val_loss/mine'] + 0.3 * last['val_loss/more'], 1e-12)
+    per_token = [last[f'val_loss/{name}'] / last[f'val_bpb/{name}'] for name in W]      # times ln 2
+    assert last['val_bpb'] == pytest.approx(last['val_loss'] / (0.7 * per_token[0] + 0.3 * per_token[1]), 1e-9)
+    line = f'bits per byte | mine {loss["mine"]:.4f} | more {loss["more"]:.4f}\n'
+    assert line in (mixed / 'out/tiny/train.log').read_text() and loss['more'] < loss['mine']
+    card = (mixed / f'out/tiny/step-{STEPS:06d}/README.md').read_text()
+    assert '- data: 0.7 mine (unknown) + 0.3 more (unknown), tokenizer char\n' in card
+
+
+def test_going_on_with_a_mixture_equals_never_having_stopped(mixed, tmp_path, call):
+    copy, times = shutil.copytree(mixed, tmp_path / 'copy'), ('elapsed_s', 'step_ms', 'tok_per_s', 'mfu', 'memory_mb')
+    for step in (20, 30, 40):
+        shutil.rmtree(copy / f'out/tiny/step-{step:06d}')
+    done = call(copy, 'train.py', *MIXED, "--dataset={'more': 3, 'mine': 7}")       # the same, put otherwise
+    assert done.returncode == 0 and 'going on from out/tiny/step-000010' in done.stdout, done.stderr
+    assert losses(copy) == losses(mixed) and weights(copy) == weights(mixed)
+    a, b = ([{k: v for k, v in m.items() if k not in times} for m in metrics(folder)] for folder in (copy, mixed))
+    assert a == b
+
+
+def test_the_data_of_skipped_steps_have_been_drawn(mixed, tmp_path, call):
+    copy = shutil.copytree(mixed, tmp_path / 'copy')
+    last = copy / f'out/tiny/step-{STEPS:06d}/trainer'
+    torch.save(torch.load(last / 'state.pt', weights_only=True) | {'skipped': 3}, last / 'state.pt')
+    manifest = json.loads((last / 'manifest.json').read_text())
+    manifest['trainer/state.pt'] = train.checksum(last / 'state.pt')
+    (last / 'manifest.json').write_text(json.dumps(manifest))
+    assert call(copy, 'train.py', *MIXED, f'--max_steps={STEPS + 1}').returncode == 0
+    count = {name: metrics(copy)[-2][f'data/{name}/tokens'] // BLOCK for name in ('mine', 'more')}
+    assert sum(count.values()) == 4 * (STEPS + 1 + 3) and abs(count['more'] - 0.3 * sum(count.values())) <= 0.5
+
+
+def test_another_mixture_is_refused_where_a_run_goes_on(mixed, call):
+    before = files(mixed)
+    for dataset, words in (("{'mine': 0.6, 'more': 0.4}", '3/5 mine|2/5 more'), ('mine', 'now it is mine')):
+        done = call(mixed, 'train.py', *MIXED, f'--dataset={dataset}')
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and files(mixed) == before
+        assert all(word in done.stderr for word in ('7/10 mine', '3/10 more', '--resume=never', *words.split('|')))
+
+
+def test_the_document_mask_is_switched_on_where_there_is_a_token_to_see(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tmp_path, 'prepare.py', home / 'mine.txt', '--tokenizer=bpe:300').returncode == 0
+    given, _ = config.load(train.Settings, Config, argv=[*DENSE[4:], '--dataset=mine', '--doc_attention_mask'])
+    small = {'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'max_position_embeddings': BLOCK}
+    for mask in (True, False):
+        made = train.setup(train.Settings(**{**given, 'doc_attention_mask': mask}), small, train.OneDevice())
+        assert train.start(made) and made.model.doc_attention_mask is mask
+        made.log.close()
+    with pytest.raises(ValueError, match='eos_token_id=5: set --eos_token_id=0'):
+        train.setup(train.Settings(**given), {**small, 'eos_token_id': 5}, train.OneDevice())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # A checkpoint, and sample.py
 
 
@@ -506,6 +593,18 @@ def test_smollm2_goes_on_as_transformers_has_it(tmp_path, call):
 @pytest.mark.parametrize('script, args, words', [
     ('train.py', '--dataset=nosuch', "data/nosuch|python prepare.py nosuch"),
     ('train.py', '--dataset=short', "val|9 tokens|block_size=32|33"),
+    ('train.py', '--dataset={}', "dataset={}|at least one"), ('train.py', '--dataset={1:1}', 'dataset={1: 1}'),
+    ('train.py', "--dataset={'mine':0,'more':1}", "'mine' is 0|above 0"),
+    ('train.py', "--dataset={'mine':1,'more':-2.5}", "'more' is -2.5|above 0"),
+    ('train.py', "--dataset={'mine':1,'more':1e999}", "'more' is inf|a number"),
+    ('train.py', "--dataset={'mine':'half'}", "'mine' is 'half'|a number"),
+    ('train.py', "--dataset={'mine':1,'more':True}", "'more' is True|a number"),
+    ('train.py', "--dataset={'mine':1,'more':1e-9}", "'more'|100,000"),
+    ('train.py', "--dataset={'mine':1,'nosuch':1}", 'data/nosuch|python prepare.py nosuch'),
+    ('train.py', "--dataset={'mine':1,'short':1}", 'data/mine|data/short|--tokenizer=data/'),
+    ('train.py', "--dataset={'mine':1,'more':1} --block_size=64", "val|data/more|block_size=64"),
+    ('train.py', '--doc_attention_mask', 'doc_attention_mask=true|dataset=mine|no end-of-text token'),
+    ('train.py', '--doc_attention_mask --attention=linear', 'doc_attention_mask=true|attention=linear'),
     ('train.py', '--vocab_size=8', 'vocabulary|dataset=mine|vocab_size=8'),
     ('train.py', '--block_size=128', 'block_size=128|max_position_embeddings=64'),
     ('train.py', '--block_size=1', 'block_size=1|MTP'),

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import config
 from model import Config, Transformer, read_folder
-from prepare import MODEL_FILES, TokenData, decode, encode, hub_folder, load_tokenizer, save_tokenizer
+from prepare import MODEL_FILES, NoDataset, decode, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
 
 STARTED = time.time()
 VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
@@ -33,13 +33,14 @@ VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
 class Settings:
     """Training settings"""
     out_dir: str = 'out/run'            # where the run is written
-    dataset: str = 'shakespeare'        # a folder under data/, or a path, that prepare.py made
+    dataset: str | dict = 'shakespeare'  # what prepare.py made, in data/ or a path; a mixture: {'a': 0.7, 'b': 0.3}
     seed: int = 1337                    # of the initial weights, the order of the data and dropout
     device: str = 'auto'                # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'bfloat16', 'float16', 'float32'] = 'auto'  # of the matmuls; the weights are float32
     compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on a GPU
     batch_size: int = 16                # sequences per device and micro-step
     block_size: int = 256               # tokens per sequence
+    doc_attention_mask: bool = False    # tokens attend to their own document only
     global_batch_size: int = 0          # sequences per optimizer step over all ranks; 0: one micro-step
     max_steps: int = 1000               # optimizer steps of the whole run; 0: print the model and stop
     optimizer: Literal['adamw'] = 'adamw'  # optimizer
@@ -56,7 +57,7 @@ class Settings:
     gradient_checkpointing: bool = False  # compute layers again in the backward pass: less memory, a third slower
     log_interval: int = 10              # steps between progress lines
     eval_interval: int = 250            # steps between evaluations
-    eval_steps: int = 0                 # micro-batches of an evaluation over all ranks; 0: the whole val split
+    eval_steps: int = 0                 # micro-batches of a dataset's evaluation over all ranks; 0: the whole val split
     sample_interval: int = 0            # steps between text samples; 0: none
     sample_prompt: str = '\n'           # what they begin with
     checkpoint_interval: int = 500      # steps between checkpoints; there is always one at the end
@@ -202,6 +203,14 @@ def check_sizes(s, c, data):
     if s.block_size > c.max_position_embeddings:
         raise ValueError(f'block_size={s.block_size} is above max_position_embeddings={c.max_position_embeddings}: '
                          'lower the one or raise the other')
+    if s.doc_attention_mask and c.attention == 'linear':
+        raise ValueError('doc_attention_mask=true: attention=linear has no mask: take gqa or mla')
+    if s.doc_attention_mask and data.eot_id is None:
+        raise ValueError(f'doc_attention_mask=true: dataset={s.dataset} has no end-of-text token: prepare it with a '
+                         'tokenizer that has one, such as bpe:1024')
+    if s.doc_attention_mask and data.eot_id != c.eos_token_id:
+        raise ValueError(f'doc_attention_mask=true: a text of dataset={s.dataset} ends with token {data.eot_id}, for '
+                         f'the model with eos_token_id={c.eos_token_id}: set --eos_token_id={data.eot_id}')
 
 def check_tokenizer(s, folder, data):
     """A model knows its own tokens only: the same ids that mean something else would train, and badly"""
@@ -212,11 +221,12 @@ def check_tokenizer(s, folder, data):
         if theirs.token_to_id(token) != i:
             raise ValueError(f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, where '
                              f'{token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
-                             f'{data.meta["source"]["name"]} --tokenizer={s.init_from} --out_dir=data/NAME')
+                             f'{" and ".join(d.meta["source"]["name"] for d, _ in data.sources.values())} '
+                             f'--tokenizer={s.init_from} --out_dir=data/NAME')
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
-    """Mean next-token loss over the val split, or its first eval_steps micro-batches, in nats per token"""
+    """Mean next-token loss over a source's val split, or its first eval_steps micro-batches, in nats per token"""
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)     # the same for any number of ranks
@@ -525,6 +535,8 @@ def finish_writing(run):
 def model_card(run):
     s, c, data, about, table = run.s, run.model.config, run.data, run.about, run.model.parameter_table()
     kind, script = c.to_hf()['architectures'][0], 'python' if run.dist.world == 1 else 'torchrun'
+    texts = [f'{f"{share:.4g} " * (share < 1)}{d.meta["source"]["name"]} ({d.meta["source"]["license"]})'
+             for d, share in data.sources.values()]
     base = f'\nbase_model: {s.init_from}' if s.init_from and not Path(s.init_from).is_dir() else ''
     return f"""---
 library_name: {'nanoseek' if kind.startswith('nanoseek') else 'transformers'}
@@ -537,7 +549,7 @@ tags: [nanoseek]{base}
 {table['total']:,} parameters, {table['active']:,} active per token, trained with nanoseek.
 
 - started from: {s.init_from or 'random weights'}
-- data: {data.meta['source']['name']} ({data.meta['source']['license']}), tokenizer {data.meta['tokenizer']['name']}
+- data: {' + '.join(texts)}, tokenizer {next(d.meta['tokenizer']['name'] for d, _ in data.sources.values())}
 - tokens seen: {run.step * run.batch * s.block_size:,}
 - losses: {', '.join(f'{k} {v:.4f}' for k, v in about.items()) or 'not evaluated yet'}
 - command: `{script} {' '.join(sys.argv)}`, {run.dist.world} process{'es' * (run.dist.world > 1)}
@@ -633,14 +645,15 @@ def setup(s, model_settings, dist):
     if Path(s.out_dir).exists() and not Path(s.out_dir).is_dir():
         raise ValueError(f'out_dir={s.out_dir}: a file has this name')
     device, dtype = pick_device(s, dist.device)
-    path = Path(s.dataset) if Path(s.dataset, 'meta.json').is_file() else Path('data', s.dataset)
     given = {k: v for k, v in model_settings.items() if k != 'vocab_size' or v}
     if s.max_steps == 0:
-        folder = s.init_from and hub_folder(s.init_from, MODEL_FILES)
-        c = plan(given, folder, TokenData(path) if (path / 'meta.json').is_file() else None)
+        folder, data = s.init_from and hub_folder(s.init_from, MODEL_FILES), None
+        with suppress(NoDataset):
+            data = open_data(s.dataset)
+        c = plan(given, folder, data)
         print(*describe(s, c, memory_estimate(s, c, dtype)), *dist.costs(s, c, dtype), sep='\n')
         sys.exit(0)
-    data = TokenData(path)
+    data = open_data(s.dataset)
     for split in ('train', 'val'):
         data.windows(split, s.block_size)
     if s.global_batch_size % (rows := s.batch_size * dist.world):
@@ -649,7 +662,7 @@ def setup(s, model_settings, dist):
                          f'x {dist.world} {"device" if dist.world == 1 else "devices"}, such as '
                          f'{" or ".join(map(str, near))}')
     if s.sample_interval:
-        encode(load_tokenizer(path), s.sample_prompt)
+        encode(load_tokenizer(data.directory), s.sample_prompt)
     if dist.rank == 0:
         data.check()
     batch = s.global_batch_size or s.batch_size * dist.world
@@ -673,7 +686,7 @@ def start(run):
     """Moves the model to its device, and prepares all that the loop works with; False where the run is complete"""
     s, model, device, dtype, found = run.s, run.model, run.device, run.dtype, run.found
     model.to(device).train()
-    model.gradient_checkpointing = s.gradient_checkpointing
+    model.gradient_checkpointing, model.doc_attention_mask = s.gradient_checkpointing, s.doc_attention_mask
     forward = run.dist.wrap(model)
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -846,15 +859,27 @@ def roll_back(run):
             f'({run.skipped} steps)')
     log.add(step=run.step + 1, event='rollback', checkpoint=str(found), skipped=run.skipped, rollbacks=times)
 
+def validate(run):
+    """-> loss in nats per token, bits per byte, and for metrics.jsonl those of every source where there are several, of
+    which the first two are then the means by share"""
+    sources, bits = run.data.sources, lambda loss, data: loss / math.log(2) / data.bytes_per_token('val')
+    losses = {name: evaluate(run.model, data, run.s, run.device, run.amp, run.dist)
+              for name, (data, _) in sources.items()}
+    loss, each = sum(losses[name] * share for name, (_, share) in sources.items()), {}
+    if len(sources) > 1:
+        each |= {f'val_loss/{name}': losses[name] for name in sources}
+        each |= {f'val_bpb/{name}': bits(losses[name], data) for name, (data, _) in sources.items()}
+    return loss, bits(loss, run.data), each
+
 def look(run, load, last):
     """Evaluation, text samples and checkpoints, each at its interval and at the end"""
     s, log, evaluated = run.s, run.log, run.step % run.s.eval_interval == 0 or last
     if evaluated:
-        val = evaluate(run.model, run.data, s, run.device, run.amp, run.dist)
-        bpb = val / math.log(2) / run.data.bytes_per_token('val')
+        val, bpb, each = validate(run)
         run.about = {'training': run.losses.get('main', math.nan), 'validation': val, 'bits per byte': bpb}
-        log.say(f'step {run.step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte')
-        log.add(step=run.step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb,
+        log.say(f'step {run.step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte' + ''.join(
+            f' | {k[9:]} {v:.4f}' for k, v in each.items() if k.startswith('val_loss/')))
+        log.add(step=run.step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb, **each,
                 **{'moe/load': relative(load).tolist()} if len(load) else {})
     if s.sample_interval and (run.step % s.sample_interval == 0 or last):
         log.say(f'--- sample\n{sample_text(run.model, run.tokenizer, s, run.device, run.amp)}\n---')
@@ -876,6 +901,10 @@ def log_step(run, load, norm, ms):
              'loss': losses['main'], 'lr': lr, 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
              'mfu': round(mfu, 4), 'memory_mb': round(memory, 1)}
     entry |= {f'{k}_loss': v for k, v in losses.items() if k != 'main'}
+    if len(sources := run.data.sources) > 1:        # of their data, that of skipped steps is gone as well
+        for name, count in run.data.drawn((step + run.skipped) * run.batch).items():
+            entry |= {f'data/{name}/tokens': count * s.block_size,
+                      f'data/{name}/epochs': round(count / sources[name][0].windows('train', s.block_size), 4)}
     experts, eta = '', (s.max_steps - step) * ms / 1e3
     if len(load):
         r = relative(load)
