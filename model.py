@@ -233,10 +233,10 @@ class LinearAttention(GQA):
         with torch.autocast(q.device.type, enabled=False):   # sums over the whole past: float32
             q, k, v = (F.pad(x, (0, 0, 0, -T % C)).unflatten(2, (-1, C)) for x in (q, k, v))    # (B, H, T/C, C, d)
             states = torch.cat((state[:, :, None], k.transpose(-1, -2) @ v), 2).cumsum(2)   # (B, H, T/C+1, d, d+1)
-            y = q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v                # earlier chunks, this one
+            y = (q @ states[:, :, :-1] + (q @ k.transpose(-1, -2)).tril() @ v).flatten(2, 3)[:, :, :T]  # earlier, this
         if cache is not None:
             cache.layers[layer][0] = states[:, :, -1]
-        return (y[..., :-1] / y[..., -1:]).flatten(2, 3)[:, :, :T].to(compute_dtype(self.o_proj.weight))
+        return (y[..., :-1] / y[..., -1:]).to(compute_dtype(self.o_proj.weight))  # without padding, which would be 0/0
 
 class MLA(nn.Module):
     """Multi-head latent attention [1] 2.1.1: all that is cached is a latent of R dims and one rotated key"""

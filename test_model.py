@@ -123,6 +123,17 @@ def test_attention_equals_float64_reference_however_it_is_cut(attention, pieces)
     close(torch.cat(out, 1), attention_reference(attn, x.double(), model.rope[:, :end], attention))
 
 
+@attentions
+@pytest.mark.parametrize('length', [T, 70, 530])
+def test_attention_gradient_equals_float64_reference(attention, length):
+    model, x = make(attention, 'dense', max_position_embeddings=530), torch.randn(2, length, 48, requires_grad=True)
+    attn, rope, wanted = model.model.layers[1].self_attn, model.rope[:, :length], x.detach().double().requires_grad_()
+    up = torch.randn(2, length, 48)
+    (attn(x, rope) * up).sum().backward()
+    (attention_reference(attn, wanted, rope, attention) * up).sum().backward()
+    close(x.grad, wanted.grad, 1e-4)
+
+
 @pytest.mark.parametrize('new', [1, 9, T])
 def test_absorbed_mla_equals_expanded(new):
     attn = make('mla-qlora-yarn', 'dense').model.layers[0].self_attn
