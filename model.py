@@ -3,16 +3,14 @@
 References; an "eq. 12" in a comment is that of [1]
   [1] DeepSeek-V3 Technical Report, arXiv 2412.19437v2      [2] Auxiliary-Loss-Free Load Balancing, arXiv 2408.15664
   [3] RoFormer (RoPE), arXiv 2104.09864     [4] YaRN, arXiv 2309.00071     [5] Linear attention, arXiv 2006.16236
-
 Dims, used in every shape comment
   B  sequences of a batch      T  new tokens of each        S  cached and new tokens     N  rows: B*T tokens
   D  hidden_size               H  query heads               G  key/value heads           V  vocab_size
   d  head_dim                  dn qk_nope_head_dim          dr qk_rope_head_dim          dv v_head_dim
   R  kv_lora_rank              E  routed experts            K  experts per token         I  width of an expert
-
 Parameters carry Hugging Face's names (Llama, Glm4Moe, DeepseekV3); the experts are stacked, (E, out, in), until saved.
 """
-import json, math, sys
+import functools, json, math, sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -163,8 +161,7 @@ def rope_table(config, dim):
 
 def rotate(x, rope, interleaved):
     """x (..., T, dr), rope (2, T, dr/2). DeepSeek turns the pairs (x0, x1), (x2, x3)..., Llama (x_i, x_{i+dr/2})"""
-    cos, sin = rope
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
+    (cos, sin), (a, b) = rope, (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1).to(x.dtype)    # in whatever order, for q and k alike
 
 # -------------------------------------------------------------------------------------------- Cache and attentions
@@ -174,60 +171,56 @@ class Cache:
         self.length, shapes = 0, ATTENTION[c.attention].cache_shapes(c, size)
         buffers = lambda: [torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in shapes]
         self.layers = [buffers() for _ in range(c.num_hidden_layers)]
-
     def extend(self, layer, *new):                           # each (..., T, d) behind the cached ones -> (..., S, d)
         end = self.length + new[0].shape[-2]
         for buffer, x in zip(self.layers[layer], new):
             buffer[..., self.length:end, :] = x
         return [buffer[..., :end, :] for buffer in self.layers[layer]]
 
-def attend(q, k, v, scale):
+def attend(q, k, v, scale, mask=None):
     """Causal attention. q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv); G divides H.
-    The last query sees the last key, so query t sees keys up to S - T + t"""
+    The last query sees the last key, so query t sees keys up to S - T + t; mask: a document_mask to use instead"""
     (B, H, T, d), (G, S), dv = q.shape, k.shape[1:3], v.shape[-1]
+    if callable(mask):
+        return mask(q, k, v, scale=scale, enable_gqa=G != H)
     if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
-        scores = (q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)             # (B, G, H/G*T, S)
-        future = torch.full((T, S), float('-inf'), dtype=q.dtype, device=q.device).triu(S - T + 1)
-        scores = (scores.view(B, G, H // G, T, S) + future).view(B, G, -1, S)
+        future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if mask is None else mask
+        scores = ((q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)).view(B, H, T, S) + future
         weights = scores.softmax(-1, dtype=torch.float32 if T < S else None)   # in training it would cost much
-        return (weights.to(v.dtype) @ v).view(B, H, T, dv)
-    v = F.pad(v, (0, max(d - dv, 0)))                        # flash kernels want one head size for all three
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=G != H)[..., :dv]
+        return (weights.view(B, G, -1, S).to(v.dtype) @ v).view(B, H, T, dv)
+    v, causal = F.pad(v, (0, max(d - dv, 0))), mask is None  # flash kernels want one head size for all three
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=G != H)[..., :dv]
 
 class GQA(nn.Module):
     """Grouped-query attention, as Llama and SmolLM2 have it"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_key_value_heads, size, c.head_dim)] * 2)
     flops = staticmethod(lambda c, T: c.num_attention_heads * 4 * c.head_dim * T)   # of a token, without projections
-
     def __init__(self, c):
         super().__init__()
         self.dims = H, G, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q_proj, self.o_proj = Linear(c.hidden_size, H * d), Linear(H * d, c.hidden_size)
         self.k_proj, self.v_proj = Linear(c.hidden_size, G * d), Linear(c.hidden_size, G * d)
 
-    def forward(self, x, rope, cache=None, layer=None):
-        (B, T, _), (H, G, d) = x.shape, self.dims
-        q = rotate(self.q_proj(x).view(B, T, H, d).transpose(1, 2), rope, interleaved=False)  # (B, H, T, d)
-        k = rotate(self.k_proj(x).view(B, T, G, d).transpose(1, 2), rope, interleaved=False)  # (B, G, T, d)
-        v = self.v_proj(x).view(B, T, G, d).transpose(1, 2)                                   # (B, G, T, d)
-        return self.o_proj(self.mix(q, k, v, cache, layer).transpose(1, 2).reshape(B, T, H * d))
+    def forward(self, x, rope, cache=None, layer=None, mask=None):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.dims[-1])).transpose(1, 2)               # (B, H, T, d), (B, G, T, d)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, rope, interleaved=False), rotate(k, rope, interleaved=False)
+        return self.o_proj(self.mix(q, k, v, cache, layer, mask).transpose(1, 2).flatten(2))
 
-    def mix(self, q, k, v, cache, layer):
+    def mix(self, q, k, v, cache, layer, mask):
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                                # (B, G, S, d)
-        return attend(q, k, v, self.dims[-1] ** -0.5)
+        return attend(q, k, v, self.dims[-1] ** -0.5, mask)
 
 class LinearAttention(GQA):
     """The feature map elu + 1 in the place of the softmax [5]: all that is kept of the past is a matrix per head"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_attention_heads, c.head_dim, c.head_dim + 1)])
     flops = staticmethod(lambda c, T: c.num_attention_heads * 2 * (
         min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))              # the chunk, the state
-
-    def mix(self, q, k, v, cache, layer, chunk=64):
+    def mix(self, q, k, v, cache, layer, mask, chunk=64):
         """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12"""
         (H, G, d), T, C = self.dims, q.shape[2], min(chunk, q.shape[2])
-        q, k = F.elu(q.float()) + 1, F.elu(k.float()) + 1                                   # positive weights
-        v = F.pad(v.float(), (0, 1), value=1.0)                                        # a column that sums the weights
+        q, k, v = F.elu(q.float()) + 1, F.elu(k.float()) + 1, F.pad(v.float(), (0, 1), value=1.0)    # v's 1: a sum
         k, v = k.repeat_interleave(H // G, 1), v.repeat_interleave(H // G, 1)           # (B, H, T, d), (B, H, T, d+1)
         state = q.new_zeros(len(q), H, d, d + 1) if cache is None else cache.layers[layer][0].float()
         with torch.autocast(q.device.type, enabled=False):   # sums over the whole past: float32
@@ -243,24 +236,20 @@ class MLA(nn.Module):
     cache_shapes = staticmethod(lambda c, size: [(size, c.kv_lora_rank), (size, c.qk_rope_head_dim)])
     flops = staticmethod(lambda c, T: 2 * T * c.num_attention_heads * (
         c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim))
-
     def __init__(self, c):
         super().__init__()
         H, dn, dr, dv, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-        if c.q_lora_rank:
-            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
-            self.q_a_layernorm = nn.RMSNorm(c.q_lora_rank, 1e-6)  # the latents' norms have this epsilon in every engine
+        if c.q_lora_rank:                                    # every engine has this epsilon in the latents' norms
+            self.q_a_proj, self.q_a_layernorm = Linear(c.hidden_size, c.q_lora_rank), nn.RMSNorm(c.q_lora_rank, 1e-6)
             self.q_b_proj = Linear(c.q_lora_rank, H * (dn + dr))
         else:
             self.q_proj = Linear(c.hidden_size, H * (dn + dr))
-        self.kv_a_proj_with_mqa = Linear(c.hidden_size, R + dr)
-        self.kv_a_layernorm = nn.RMSNorm(R, 1e-6)
-        self.kv_b_proj = Linear(R, H * (dn + dv))
-        self.o_proj = Linear(H * dv, c.hidden_size)
+        self.kv_a_proj_with_mqa, self.kv_a_layernorm = Linear(c.hidden_size, R + dr), nn.RMSNorm(R, 1e-6)
+        self.kv_b_proj, self.o_proj = Linear(R, H * (dn + dv)), Linear(H * dv, c.hidden_size)
         self.dims, yarn = (H, dn, dr, dv, R), c.rope_scaling or {}
         self.scale = (dn + dr) ** -0.5 * yarn_mscale(yarn.get('factor', 1), yarn.get('mscale_all_dim') or 0) ** 2  # [4]
 
-    def forward(self, x, rope, cache=None, layer=None):
+    def forward(self, x, rope, cache=None, layer=None, mask=None):
         (B, T, _), (H, dn, dr, dv, R) = x.shape, self.dims
         own = self.kv_a_layernorm.weight.dtype               # a norm's own, also under autocast
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x).to(own))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
@@ -271,22 +260,22 @@ class MLA(nn.Module):
         if cache is not None:
             c, k_pe = cache.extend(layer, c, k_pe)                                          # (B, S, R), (B, S, dr)
         form = self.attend_expanded if c.shape[1] == T else self.attend_absorbed
-        return self.o_proj(form(q_nope, q_pe, c, k_pe).transpose(1, 2).reshape(B, T, H * dv))  # eq. 11
+        return self.o_proj(form(q_nope, q_pe, c, k_pe, mask).transpose(1, 2).flatten(2))             # eq. 11
 
-    def attend_expanded(self, q_nope, q_pe, c, k_pe):
+    def attend_expanded(self, q_nope, q_pe, c, k_pe, mask=None):
         """Every head's keys and values are made from the latent: fewest FLOPs for as many queries as keys"""
         H, dn, dr, dv, R = self.dims
         k_nope, v = self.kv_b_proj(c).view(*c.shape[:2], H, dn + dv).transpose(1, 2).split((dn, dv), -1)  # eq. 2, 5
         k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), -1)                    # eq. 4  (B, H, S, dn+dr)
-        return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale)                      # eq. 9, 10  (B, H, T, dv)
+        return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale, mask)                # eq. 9, 10  (B, H, T, dv)
 
-    def attend_absorbed(self, q_nope, q_pe, c, k_pe):
+    def attend_absorbed(self, q_nope, q_pe, c, k_pe, mask=None):
         """kv_b_proj moves to queries and result, the latent is the one key and value of all heads: fewest bytes"""
         H, dn, dr, dv, R = self.dims
         w_k, w_v = self.kv_b_proj.weight.to(c.dtype).view(H, dn + dv, R).split((dn, dv), 1)
         q = torch.cat((q_nope.to(c.dtype) @ w_k, q_pe.to(c.dtype)), -1)                     # (B, H, T, R+dr)
         k = torch.cat((c, k_pe), -1)[:, None]                                               # (B, 1, S, R+dr)
-        return attend(q, k, c[:, None], self.scale) @ w_v.transpose(1, 2)                   # (B, H, T, dv)
+        return attend(q, k, c[:, None], self.scale, mask) @ w_v.transpose(1, 2)             # (B, H, T, dv)
 
 ATTENTION = {'gqa': GQA, 'mla': MLA, 'linear': LinearAttention}
 
@@ -310,14 +299,13 @@ class Router(nn.Module):
         c, E = self.config, self.config.n_routed_experts
         with torch.autocast(x.device.type, enabled=False):
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()                   # eq. 15
-        with torch.no_grad():
-            choice = affinity + self.e_score_correction_bias                            # eq. 16: the bias only chooses
-            if c.n_group > 1:
-                groups = choice.view(-1, c.n_group, E // c.n_group)                     # a group is worth its best two
-                best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
-                out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
-                choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
-            ids = choice.topk(c.num_experts_per_tok, -1).indices
+        choice = affinity.detach() + self.e_score_correction_bias                       # eq. 16: the bias only chooses
+        if c.n_group > 1:
+            groups = choice.view(-1, c.n_group, E // c.n_group)                         # a group is worth its best two
+            best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
+            out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+            choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
+        ids = choice.topk(c.num_experts_per_tok, -1).indices
         weights = affinity.gather(1, ids)                                                   # eq. 14
         if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # eq. 13
@@ -405,9 +393,9 @@ class Block(nn.Module):
         moe = c.n_routed_experts and layer >= c.first_k_dense_replace
         self.mlp = MoE(c) if moe else MLP(c.hidden_size, c.intermediate_size)
 
-    def forward(self, x, rope, cache=None, layer=None):
+    def forward(self, x, rope, cache=None, layer=None, mask=None):
         """x (B, T, D) -> (B, T, D), stats: (load, balance loss) of an MoE layer, else none"""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, layer))
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, cache, layer, mask))
         y, stats = self.mlp(self.post_attention_layernorm(x))
         return x + self.dropout(y), stats
 
@@ -419,20 +407,19 @@ class MTP(Block):
         self.eh_proj = Linear(2 * c.hidden_size, c.hidden_size)
         self.shared_head = nn.ModuleDict({'norm': nn.RMSNorm(c.hidden_size, c.rms_norm_eps)})
 
-    def forward(self, h, embedded, rope):
+    def forward(self, h, embedded, rope, mask=None):
         """h (B, T, D) of the depth before, after its norm, embedded (B, T, D) the tokens ahead -> (B, T, D), stats"""
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), -1)).to(embedded.dtype)  # eq. 21
-        x, stats = super().forward(x, rope)                                                 # eq. 22
+        x, stats = super().forward(x, rope, mask=mask)                                      # eq. 22
         return self.shared_head['norm'](x), stats            # whose logits, by the shared head, are eq. 23
 
 # ------------------------------------------------------------------------------------------------------ Transformer
 def cross_entropy(h, weight, targets):
     """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean in nats; the logits exist in chunks, and twice"""
-    rows, total = max(2**26 // len(weight), 256), 0.0
-    total_loss = lambda h, t: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), t, reduction='sum')
-    for chunk in zip(h.split(rows), targets.split(rows)):
-        total = total + (checkpoint(total_loss, *chunk, use_reentrant=False) if len(h) > rows else total_loss(*chunk))
-    return total / (targets != -100).sum().clamp(min=1)
+    rows = max(2**26 // len(weight), 256)
+    total = lambda h, t: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), t, reduction='sum')
+    again = lambda *chunk: checkpoint(total, *chunk, use_reentrant=False) if len(h) > rows else total(*chunk)
+    return sum(map(again, h.split(rows), targets.split(rows))) / (targets != -100).sum().clamp(min=1)
 
 def read_folder(directory, **overrides):
     """-> Config, {tensor's name: (file, shape)} of the safetensors files, whether RoPE's rows are in Llama's order"""
@@ -450,13 +437,14 @@ def read_folder(directory, **overrides):
     return config, where, config.attention == 'mla' and not d.get('rope_interleave', True)
 
 class Transformer(nn.Module):
+    head = property(lambda self: (self.lm_head or self.model.embed_tokens).weight)          # (V, D)
     def __init__(self, config):
         """config: a Config with vocab_size set. Parameters are initialised from torch's global random numbers"""
         super().__init__()
         if config.vocab_size < 1:
             raise ValueError('impossible model: vocab_size=0: must be at least 1')
-        self.config, self.gradient_checkpointing, self.losses = config, False, {}
-        self.dropout = nn.Dropout(config.dropout)
+        self.config, self.dropout, self.losses = config, nn.Dropout(config.dropout), {}
+        self.gradient_checkpointing = self.doc_attention_mask = False                       # set from outside
         L, M, D = config.num_hidden_layers, config.num_nextn_predict_layers, config.hidden_size
         self.model = nn.ModuleDict({
             'embed_tokens': nn.Embedding.from_pretrained(torch.empty(config.vocab_size, D), freeze=False),
@@ -486,25 +474,40 @@ class Transformer(nn.Module):
             m._buffers[name] = m._buffers[name].to(b.dtype) if b.is_meta else b.to(m._buffers[name].device)
         return self
 
-    head = property(lambda self: (self.lm_head or self.model.embed_tokens).weight)          # (V, D)
-
     def hidden(self, idx, cache=None):
-        """idx (B, T) -> states after the final norm (B, T, D), stats of the layers, RoPE's table for these positions"""
+        """idx (B, T) -> states after the final norm (B, T, D), stats of the layers"""
         c, past, T = self.config, cache.length if cache is not None else 0, idx.shape[1]
         if past + T > c.max_position_embeddings:
             raise ValueError(f'{past + T} tokens: the context is max_position_embeddings={c.max_position_embeddings}')
         x, rope, stats = self.dropout(self.model.embed_tokens(idx)), self.rope[:, past:past + T], []
+        mask = self.document_mask(idx) if cache is None else None
         for i, layer in enumerate(self.model.layers[:c.num_hidden_layers]):
-            x, s = self.run(layer, x, rope, cache, i)                                       # (B, T, D)
+            x, s = self.run(layer, x, rope, cache, i, mask)                                 # (B, T, D)
             stats.append(s)
         if cache is not None:
             cache.length += T
-        return self.model.norm(x), stats, rope
+        return self.model.norm(x), stats
+
+    def document_mask(self, idx, flex=False):
+        """idx (B, T) -> attend's mask: a token sees the past of its own document, which eos_token_id ends. Additive
+        (B, 1, T, T), on a GPU FlexAttention; None where doc_attention_mask is off, ValueError where it cannot be on"""
+        c, (B, T), eos = self.config, idx.shape, self.config.eos_token_id
+        if not self.doc_attention_mask:
+            return None
+        if c.attention == 'linear' or eos is None:
+            raise ValueError(f'doc_attention_mask=True: impossible with attention={c.attention}, eos_token_id={eos}')
+        doc = ((idx == eos).cumsum(1) - (idx == eos).int())[:, None]                        # (B, 1, T), numbers them
+        if flex or idx.is_cuda:                              # slow until compiled, by itself if nothing else is
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+            seen = lambda b, h, t, s: (s <= t) & (doc[b, 0, s] == doc[b, 0, t])
+            attention = flex_attention if flex or torch.compiler.is_compiling() else torch.compile(flex_attention)
+            return functools.partial(attention, block_mask=create_block_mask(seen, B, None, T, T, idx.device))
+        return torch.where((doc[..., None] == doc[..., None, :]).tril(), 0.0, -math.inf).to(compute_dtype(self.head))
 
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, V) float32, None. With targets (B, T), -100 ignored -> None, the next-token loss
         in nats, a mean: in training with MTP's and the balance loss added (self.losses has the parts), else alone"""
-        h, stats, rope = self.hidden(idx)
+        h, stats = self.hidden(idx)
         if targets is None:
             return F.linear(h, self.head).float(), None
         loss = cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
@@ -512,7 +515,7 @@ class Transformer(nn.Module):
             return None, loss
         parts, weights = {'main': loss}, {'main': 1.0, 'mtp': self.config.mtp_loss_weight, 'balance': 1.0}
         if self.config.num_nextn_predict_layers:
-            parts['mtp'] = self.mtp_loss(h, targets, rope, stats)
+            parts['mtp'] = self.mtp_loss(h, idx, targets, stats)
         if self.moe_layers:
             loads, balances = map(torch.stack, zip(*(s for s in stats if s is not None)))   # (layers, E), (layers,)
             self.expert_load += loads        # here, not in the layer: a recomputed layer would count twice
@@ -524,19 +527,18 @@ class Transformer(nn.Module):
         again = self.gradient_checkpointing and self.training
         return checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
 
-    def mtp_loss(self, h, targets, rope, stats):
+    def mtp_loss(self, h, idx, targets, stats):
         """Depth k sees the states h_i and the tokens t_{i+k} and predicts t_{i+k+1}; targets_i is t_{i+1}. eq. 21-25"""
         layers, losses = self.model.layers[self.config.num_hidden_layers:], []
         for k, layer in enumerate(layers, 1):
             T = targets.shape[1] - k
             assert T > 0, 'a sequence must be longer than num_nextn_predict_layers'
             embedded = self.model.embed_tokens(targets[:, k - 1:-1].clamp(min=0))           # (B, T, D)
-            h, s = self.run(layer, h[:, :T], embedded, rope[:, :T])
+            h, s = self.run(layer, h[:, :T], embedded, self.rope[:, :T], self.document_mask(idx[:, :T]))
             stats.append(s)
             losses.append(cross_entropy(h.flatten(0, 1), self.head, targets[:, k:].flatten()))  # eq. 24
         return sum(losses) / len(layers)                                                    # eq. 25
 
-    @torch.no_grad()
     def update_router_bias(self, load):
         """Loss-free balancing [2], once an optimizer step; load (MoE layers, E): expert_load, summed over ranks"""
         step = self.config.bias_update_speed * torch.sign(load.float().mean(1, keepdim=True) - load)
@@ -551,8 +553,7 @@ class Transformer(nn.Module):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
                 cache = Cache(self.config, len(idx), room, compute_dtype(self.head), idx.device)
-            logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()         # (B, V)
-            new = sample(logits, temperature, top_k, top_p)
+            new = sample(F.linear(self.hidden(new, cache)[0][:, -1], self.head).float(), temperature, top_k, top_p)
             idx = torch.cat((idx, new), 1)
             yield new
 
@@ -580,8 +581,7 @@ class Transformer(nn.Module):
     def snapshot(self, dtype=None, state=None):
         """A checkpoint's tensors, copied to the CPU. dtype: theirs by default; the routers' biases stay float32"""
         views, dtype = dict(self.named_views(state)), dtype or self.head.dtype
-        emb = views['model.embed_tokens.weight']
-        head = views.get('lm_head.weight', emb)
+        head = views.get('lm_head.weight', emb := views['model.embed_tokens.weight'])
         for i in range(self.config.num_hidden_layers, len(self.model.layers)):      # published MTP layers bring these
             views |= {f'model.layers.{i}.embed_tokens.weight': emb, f'model.layers.{i}.shared_head.head.weight': head}
         views |= {'lm_head.weight': head} if self.config.attention == 'mla' else {}  # for engines that tie nothing

@@ -170,6 +170,165 @@ def test_chunks_on_a_cache_equal_one_forward(attention, feed):
     close(model.lm_head(h), model(idx)[0])
 
 
+# ------------------------------------------------------------------------------------------------------ Document masks
+
+EOS = 11
+PACKED = {'short': [(9, 1, 20, 1, 6), (37,), (1, 1, 35)], 'long': [(300, 1, 200, 59), (1, 520, 39), (560,)]}
+packings = pytest.mark.parametrize('packing', PACKED)
+masked = pytest.mark.parametrize('attention, feed', [('gqa', 'dense'), ('mla', 'dense'), ('mla-qlora-yarn', 'groups')])
+
+
+def pack(packing):
+    """-> tokens (3, T), and (row, begin, end) of their documents: each ends with EOS, but for the last one of a row"""
+    rows, documents = PACKED[packing], []
+    idx = tokens(len(rows), sum(rows[0]))
+    idx[idx == EOS] = EOS + 1
+    for row, lengths in enumerate(rows):
+        ends = [sum(lengths[:i + 1]) for i in range(len(lengths))]
+        documents += [(row, end - length, end) for length, end in zip(lengths, ends)]
+        idx[row, [end - 1 for end in ends[:-1]]] = EOS
+    return idx, documents
+
+
+def make_masked(attention, feed='dense', **settings):
+    model = make(attention, feed, **{'eos_token_id': EOS, 'max_position_embeddings': 600, **settings})
+    model.doc_attention_mask = True
+    return model
+
+
+@packings
+@masked
+def test_packed_documents_equal_each_alone(attention, feed, packing):
+    model, (idx, documents) = make_masked(attention, feed), pack(packing)
+    targets, packed, losses = tokens(len(idx), idx.shape[1] + 1)[:, 1:], model(idx)[0], []
+    loss, grads = gradients(model, idx, targets)
+    model.doc_attention_mask = False
+    model.zero_grad()
+    for row, begin, end in documents:
+        alone, wanted = idx[row:row + 1, begin:end], targets[row:row + 1, begin:end]
+        close(packed[row:row + 1, begin:end], model(alone)[0], 1e-4)                        # RoPE's angles are rounded
+        losses.append(model(alone, wanted)[1] * alone.numel() / idx.numel())
+    sum(losses).backward()
+    close(loss, sum(losses))
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            close(grads[name], p.grad, 3e-4)
+
+
+@pytest.mark.parametrize('amp', [False, True])
+@packings
+@masked
+def test_no_document_sees_another(attention, feed, packing, amp):
+    model, (idx, documents) = make_masked(attention, feed), pack(packing)
+    changed, (row, begin, end) = idx.clone(), documents[0]
+    changed[row, begin:end - 1] = (idx[row, begin:end - 1] + 1) % V
+    changed[changed == EOS] = EOS + 1                        # what ended a document still does, and nothing else
+    changed[idx == EOS] = EOS
+    with torch.autocast('cpu', torch.bfloat16, enabled=amp), torch.no_grad():
+        difference = (model(changed)[0] - model(idx)[0]).abs().amax(-1)
+        assert difference[row, end:].max() < 1e-5 < 1e-2 < difference[row, begin:end].max()
+        model.doc_attention_mask = False
+        assert (model(changed)[0] - model(idx)[0]).abs().amax(-1)[row, end:].max() > 1e-2
+
+
+@masked
+def test_document_mask_equals_transformers_with_that_mask(attention, feed, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    ours, (idx, documents) = make_masked(attention, feed), pack('short')
+    mask = torch.full((len(idx), 1, *[idx.shape[1]] * 2), torch.finfo(torch.float32).min)
+    for row, begin, end in documents:
+        for t in range(begin, end):
+            mask[row, 0, t, begin:t + 1] = 0
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation='eager').eval()
+    close(ours(idx)[0], theirs(idx, attention_mask=mask).logits)
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('compiled', [False, True])
+@packings
+@pytest.mark.parametrize('attention', ['gqa', 'mla-qlora-yarn'])
+@torch.no_grad()
+def test_flex_attention_equals_the_additive_mask(attention, packing, compiled):
+    model, (idx, _) = make_masked(attention), pack(packing)                                 # no T is a multiple of 128
+    x, rope, layer = model.model.embed_tokens(idx), model.rope[:, :idx.shape[1]], model.model.layers[1]
+    flex = lambda idx: layer(x, rope, mask=model.document_mask(idx, flex=True))[0]
+    flex = torch.compile(flex, backend='eager', fullgraph=True) if compiled else flex       # fullgraph: can be traced
+    close(flex(idx), layer(x, rope, mask=model.document_mask(idx))[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('compiled', [False, True])
+@pytest.mark.parametrize('checkpointed', [False, True])
+@packings
+@pytest.mark.parametrize('attention', ['gqa', 'mla'])
+def test_document_mask_on_a_gpu_equals_the_one_on_a_cpu(attention, packing, checkpointed, compiled):
+    size = dict(head_dim=16) if attention == 'gqa' else dict(qk_nope_head_dim=16, v_head_dim=20)    # at least 16
+    model, (idx, _) = make_masked(attention, num_nextn_predict_layers=1, **size).train(), pack(packing)
+    loss, grads = gradients(model, idx, idx.roll(-1, 1))
+    model.cuda().gradient_checkpointing = checkpointed
+    forward = torch.compile(model) if compiled else model
+    model.zero_grad()
+    again = forward(idx.cuda(), idx.roll(-1, 1).cuda())[1]
+    again.backward()
+    close(again.cpu(), loss, 1e-4)
+    for name, p in model.named_parameters():
+        close(p.grad.cpu(), grads[name], 2e-3)
+
+
+@packings
+@masked
+def test_document_mask_with_gradient_checkpointing_changes_nothing(attention, feed, packing):
+    model, (idx, _) = make_masked(attention, feed, num_nextn_predict_layers=2).train(), pack(packing)
+    loss, grads = gradients(model, idx, idx.roll(-1, 1))
+    model.gradient_checkpointing = True
+    again, grads2 = gradients(model, idx, idx.roll(-1, 1))
+    assert torch.equal(loss, again) and all(torch.equal(grads[name], grads2[name]) for name in grads)
+
+
+@masked
+def test_mtp_of_packed_documents_equals_its_attention_over_each_alone(attention, feed):
+    model, (idx, documents) = make_masked(attention, feed, num_nextn_predict_layers=2).train(), pack('short')
+    targets, losses, embed = idx.roll(-1, 1), [], model.model.embed_tokens
+    h, rows = model.hidden(idx)[0], range(len(idx))
+    for k in (1, 2):
+        mtp, last = model.model.layers[2 + k], idx.shape[1] - k
+        x = torch.cat((rms(embed(targets[:, k - 1:-1]), mtp.enorm.weight, 1e-3),
+                       rms(h[:, :last], mtp.hnorm.weight, 1e-3)), -1) @ mtp.eh_proj.weight.T
+        h = x.clone()
+        for row, begin, end in documents:                    # no mask, but no more than the document's own rows
+            if begin < last:
+                own = slice(begin, min(end, last))
+                h[row, own] = Block.forward(mtp, x[row:row + 1, own], model.rope[:, own])[0][0]
+        h = rms(h, mtp.shared_head['norm'].weight, 1e-3)
+        p = (h @ model.lm_head.weight.T).double().log_softmax(-1)
+        losses.append(-sum(p[b, i, targets[b, i + k]] for b in rows for i in range(last)) / (len(rows) * last))
+    model(idx, targets)
+    close(model.losses['mtp'], sum(losses) / 2)
+    packed = model.losses['mtp']
+    model.doc_attention_mask = False
+    model(idx, targets)
+    assert abs(model.losses['mtp'] - packed) > 1e-3
+
+
+def test_document_mask_is_refused_where_it_cannot_be():
+    for attention, eos, words in (('linear', EOS, 'attention=linear'), ('mla', None, 'eos_token_id=None')):
+        model = make_masked(attention, eos_token_id=eos)
+        refused(f'doc_attention_mask=True {words}', model, tokens())
+        refused(f'doc_attention_mask=True {words}', model.document_mask, tokens(1, 1))     # what a script can ask first
+        model.doc_attention_mask = False
+        assert model.document_mask(tokens()) is None and model(tokens())[0].isfinite().all()
+
+
+@masked
+def test_generation_takes_no_notice_of_the_document_mask(attention, feed):
+    model, idx = make_masked(attention, feed), tokens(length=7)
+    idx[idx == EOS] = EOS + 1
+    found = model.generate(idx, 30)
+    model.doc_attention_mask = False
+    assert torch.equal(found, model.generate(idx, 30))
+
+
 # ----------------------------------------------------------------------------------------------------------- Generation
 
 @kinds
