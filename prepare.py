@@ -471,11 +471,8 @@ def gpt2_tokenizer():
         raise ValueError(f"tokenizer 'gpt2': tiktoken could not download its vocabulary ({type(e).__name__}) and has "
                          'none in TIKTOKEN_CACHE_DIR; --tokenizer=bpe:N needs no network') from e
     ranks = encoding._mergeable_ranks                                   # {token's bytes: id}, ids in order of merging
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # bytes that GPT-2 spells as themselves, ...
-    others = [b for b in range(256) if b not in printable]              # ... as U+0100 and on
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    letters, merges = gpt2_letters(), []
     spell = lambda token: ''.join(letters[b] for b in token)
-    merges = []
     for token in sorted((t for t in ranks if len(t) > 1), key=ranks.get):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:                                           # the last merge is of the two that remain
@@ -485,6 +482,12 @@ def gpt2_tokenizer():
     tokenizer = byte_level(models.BPE({spell(token): i for token, i in ranks.items()}, merges))
     tokenizer.add_special_tokens([EOT])
     return tokenizer
+
+def gpt2_letters():
+    """{byte: the character that stands for it in the vocabulary of a BPE of bytes}"""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]   # themselves; the others U+0100 and on
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Text -> ids, in worker processes
@@ -513,10 +516,10 @@ def cut(tokenizer, blocks, size=PIECE, context=200):
 
 @functools.lru_cache(1)
 def engine(file, spec, special_in_text):
-    """-> tokenizer, what makes arrays of ids (uint32) of texts, whether nothing can be lost on the way"""
+    """-> tokenizer, what makes arrays of ids (uint32) of texts, the bytes that it loses, None where nobody knows"""
     tokenizer = load_tokenizer(file)
     tokenizer.encode_special_tokens = not special_in_text
-    lossless = not special_in_text and is_lossless(tokenizer)
+    lost = None if special_in_text else lost_bytes(tokenizer)
     if spec in ('gpt2', 'gpt2+code'):
         import tiktoken
         gpt2 = tiktoken.get_encoding('gpt2')
@@ -524,19 +527,17 @@ def engine(file, spec, special_in_text):
         own = tiktoken.Encoding(spec, pat_str=gpt2._pat_str, mergeable_ranks=gpt2._mergeable_ranks,
                                 special_tokens=special)
         options = {'allowed_special': set(special) if special_in_text else set(), 'disallowed_special': ()}
-        return tokenizer, lambda texts: [own.encode_to_numpy(text, **options) for text in texts], lossless
-    return tokenizer, functools.partial(encode_texts, tokenizer), lossless
+        return tokenizer, lambda texts: [own.encode_to_numpy(text, **options) for text in texts], lost
+    return tokenizer, functools.partial(encode_texts, tokenizer), lost
 
-def is_lossless(tokenizer):
-    """Whether it is a BPE of bytes with nothing before it that changes a text"""
-    from tokenizers import pre_tokenizers
+def lost_bytes(tokenizer):
+    """Of a BPE of bytes with nothing before it that changes a text: the bytes that it has no token for. Else None"""
     parts = json.loads(tokenizer.to_str())
     steps = (lambda p: p.get('pretokenizers', [p]))(parts['pre_tokenizer'] or {'type': None})
-    return (parts['model']['type'] == 'BPE' and not parts['normalizer']
-            and (parts['decoder'] or {}).get('type') == steps[-1]['type'] == 'ByteLevel'
-            and {p['type'] for p in steps} <= {'ByteLevel', 'Digits'}
-            and not any(p.get('add_prefix_space') for p in steps)
-            and all(tokenizer.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet()))
+    if (parts['model']['type'] == 'BPE' and not parts['normalizer'] and steps[-1]['type'] == 'ByteLevel'
+            and (parts['decoder'] or {}).get('type') == 'ByteLevel'
+            and {p['type'] for p in steps} <= {'ByteLevel', 'Digits'} and not any(p.get('add_prefix_space') for p in steps)):
+        return bytes(b for b, letter in gpt2_letters().items() if tokenizer.token_to_id(letter) is None)
 
 def encode_texts(tokenizer, texts):
     try:
@@ -550,31 +551,37 @@ def encode_texts(tokenizer, texts):
 def tokenize(file, spec, special_in_text, eot, pieces, check):
     """pieces: (split, text, whether it ends a document) -> {split: [ids, bytes, documents]}, tokens of each piece.
     eot: id that ends a document, or None. ValueError unless the ids give the text back; for gpt2 also unless they are
-    what tokenizer.json makes. What cannot lose anything is checked only where check is set."""
-    tokenizer, run, lossless = engine(file, spec, special_in_text)
+    what tokenizer.json makes. A text that cannot lose anything is checked only where check is set."""
+    tokenizer, run, lost = engine(file, spec, special_in_text)
     texts = [[text] if len(text) <= 2 * PIECE else list(cut(tokenizer, [text])) for _, text, _ in pieces]
     flat = [text for parts in texts for text in parts]
-    made = run(flat)
-    if check or not lossless:
-        back = tokenizer.decode_batch([ids.tolist() for ids in made], skip_special_tokens=False)
-        for text, ids, again in zip(flat, made, back):
-            if again != text:
-                at = len(os.path.commonprefix([text, again]))
-                raise ValueError(f"tokenizer '{spec}' does not give the text back: behind {text[max(at - 20, 0):at]!r} "
-                                 f'{text[at:at + 20]!r} becomes {again[at:at + 20]!r}; take another, such as bpe:1024')
-            if spec in ('gpt2', 'gpt2+code') and encode(tokenizer, text) != ids.tolist():
-                raise ValueError(f"tokenizer '{spec}': tokenizer.json and tiktoken disagree on {text[:80]!r}")
-    found, lengths, made, end = {}, [], iter(made), [] if eot is None else [np.array([eot], np.uint32)]
-    for (split, text, last), parts in zip(pieces, texts):
+    made, sizes = run(flat), []
+    for text, ids in zip(flat, made):
+        data = text.encode()
+        sizes.append(len(data))
+        if check or lost is None or len(data.translate(None, lost)) < len(data):
+            check_round_trip(tokenizer, spec, text, ids.tolist())
+    found, lengths, end = {}, [], [] if eot is None else [np.array([eot], np.uint32)]
+    made, sizes = iter(made), iter(sizes)
+    for (split, _, last), parts in zip(pieces, texts):
         ids = [next(made) for _ in parts] + end * last
         lengths.append(sum(map(len, ids)))
         of = found.setdefault(split, [[], 0, 0])
         of[0] += ids
-        of[1] += len(text.encode())
+        of[1] += sum(next(sizes) for _ in parts)
         of[2] += last
     for of in found.values():
         of[0] = np.concatenate(of[0]) if of[0] else np.zeros(0, np.uint32)
     return found, lengths
+
+def check_round_trip(tokenizer, spec, text, ids):
+    back = decode(tokenizer, ids)
+    if back != text:
+        at = len(os.path.commonprefix([text, back]))
+        raise ValueError(f"tokenizer '{spec}' does not give the text back: behind {text[max(at - 20, 0):at]!r} "
+                         f'{text[at:at + 20]!r} becomes {back[at:at + 20]!r}; take another, such as bpe:1024')
+    if spec in ('gpt2', 'gpt2+code') and encode(tokenizer, text) != ids:
+        raise ValueError(f"tokenizer '{spec}': tokenizer.json and tiktoken disagree on {text[:80]!r}")
 
 def worker():
     """A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it"""

@@ -1,0 +1,141 @@
+"""How fast, how much memory, against whom.
+
+    python bench.py --corpus_mb=2000        # prepare.py on made-up text, the tokenizers' libraries, and nanoGPT's way
+
+Measures alternately, and prints medians and ratios; run nothing else meanwhile.
+"""
+import functools, json, os, re, shutil, statistics, subprocess, sys, tempfile, threading, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import config, prepare
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Settings:
+    """Settings of bench.py"""
+    corpus_mb: int = 200            # megabytes of made-up text that are prepared
+    tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
+    rounds: int = 3                 # of each measurement; the whole corpus is prepared once
+    work_dir: str = ''              # where text and token files go; if empty a temporary folder, removed afterwards
+
+# ------------------------------------------------------------------------------------------------------------- corpus
+
+def make_corpus(path, megabytes, seed=0):
+    """A .jsonl file of documents: words in Shakespeare's frequencies, one in ten made up, as new texts bring them"""
+    rng = np.random.default_rng(seed)
+    words = (HERE / 'data/shakespeare/input.txt').read_text(encoding='utf-8').split()
+    heads, tails = ([w[a:b] for w in words if w.isalpha()] for a, b in ((0, 3), (-4, None)))
+    new = [heads[i] + tails[j] for i, j in rng.integers(0, len(heads), (200_000, 2)).tolist()]
+    new = [new[int(i)] for i in len(new) * rng.random(len(words) // 9) ** 3]            # some come often, most do not
+    pool, size = words + new, 0
+    with open(path, 'w', encoding='utf-8') as f:
+        while size < megabytes * 10**6:
+            for n in rng.lognormal(6, 1, 1000).astype(int):
+                text = ' '.join([pool[i] for i in rng.integers(0, len(pool), n + 1).tolist()])
+                size += f.write(json.dumps({'text': text}) + '\n')
+
+def read_corpus(path):
+    with open(path, encoding='utf-8') as f:
+        return [json.loads(line)['text'] for line in f]
+
+# ------------------------------------------------------------------------------------------------ processes and memory
+
+def tree_mb(pid):
+    """MB of a process and all below it, what they share counted once (Linux)"""
+    try:
+        children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+        pss = re.search(r'^Pss: +(\d+)', Path(f'/proc/{pid}/smaps_rollup').read_text(), re.M)
+        return int(pss[1]) / 1024 + sum(map(tree_mb, children))
+    except (OSError, TypeError):        # it has ended
+        return 0.0
+
+def timed(*command, memory=False):
+    """-> seconds of a command, and the peak of its MB where that is wanted (to ask costs a little)"""
+    began, peak = time.perf_counter(), 0.0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=HERE)
+    while memory and process.poll() is None:
+        peak = max(peak, tree_mb(process.pid))
+        time.sleep(1)
+    if process.wait():
+        raise OSError(f'{" ".join(map(str, command))} ended with status {process.returncode}')
+    return time.perf_counter() - began, peak
+
+def library(tokenizer, texts):
+    """Seconds of the tokenizer's own library on all cores, without anything around it"""
+    if tokenizer == 'gpt2':
+        import tiktoken
+        encode = functools.partial(tiktoken.get_encoding('gpt2').encode_ordinary_batch, num_threads=os.cpu_count())
+    else:
+        own = prepare.load_tokenizer(prepare.hub_folder(tokenizer, ['tokenizer.json']))
+        encode = functools.partial(own.encode_batch_fast, add_special_tokens=False)
+    began = time.perf_counter()
+    for i in range(0, len(texts), 1000):
+        encode(texts[i:i + 1000])
+    return time.perf_counter() - began
+
+NANOGPT = '''
+import sys, numpy as np, tiktoken
+from datasets import load_dataset
+if __name__ == '__main__':
+    source, target, workers = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    encoding = tiktoken.get_encoding('gpt2')
+
+    def process(example):
+        ids = encoding.encode_ordinary(example['text']) + [encoding.eot_token]
+        return {'ids': ids, 'len': len(ids)}
+    data = load_dataset('json', data_files=source, split='train', cache_dir=target, num_proc=workers)
+    data = data.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    data = data.map(process, remove_columns=['text'], num_proc=workers)
+    for split, part in data.items():
+        total = int(np.sum(part['len'], dtype=np.uint64))
+        out, at, parts = np.memmap(f'{target}/{split}.bin', np.uint16, 'w+', shape=(total,)), 0, min(1024, len(part))
+        for i in range(parts):
+            block = np.concatenate(part.shard(parts, i, contiguous=True).with_format('numpy')['ids'])
+            out[at:at + len(block)] = block
+            at += len(block)
+        out.flush()
+'''
+
+def bench_prepare(s, folder):
+    small, large, nanogpt = folder / 'small.jsonl', folder / 'large.jsonl', folder / 'nanogpt.py'
+    make_corpus(small, min(s.corpus_mb, 200))
+    make_corpus(large, s.corpus_mb)
+    nanogpt.write_text(NANOGPT)
+    texts = read_corpus(small)
+    mb = sum(len(text.encode()) for text in texts) / 1e6
+    ours = lambda file, *more: (sys.executable, HERE / 'prepare.py', file, f'--tokenizer={s.tokenizer}',
+                                '--resume=never', f'--out_dir={folder / file.stem}', *more)
+    theirs = lambda file: (sys.executable, nanogpt, file, folder / 'cache', str(os.cpu_count()))
+    idle = timed(*ours(small, '--tokens=5000', '--val_frac=0.4'))
+    print(f'{os.cpu_count()} cores, tokenizer {s.tokenizer}; {mb:.0f} MB of text, medians of {s.rounds}, in turn:')
+    rates = {'library': [], 'prepare.py': []}
+    for _ in range(s.rounds):
+        rates['library'].append(mb / library(s.tokenizer, texts))
+        rates['prepare.py'].append(mb / (timed(*ours(small))[0] - idle[0]))
+    for name, found in rates.items():
+        print(f'{name:12} {statistics.median(found):8.2f} MB/s')
+    print(f'ratio        {statistics.median(b / a for a, b in zip(*rates.values())):8.2f}, without the '
+          f'{idle[0]:.1f} s in which prepare.py starts')
+    size = large.stat().st_size / 1e6
+    for name, command in (('prepare.py', ours(large)), ("nanoGPT's way", theirs(large))):
+        if s.tokenizer == 'gpt2' or name == 'prepare.py':
+            seconds, peak = timed(*command, memory=True)
+            print(f'{size:,.0f} MB, {name}: {seconds:,.0f} s, {size / seconds:.2f} MB/s, {peak:,.0f} MB of memory')
+
+def main(s):
+    folder = Path(s.work_dir or tempfile.mkdtemp(prefix='nanoseek-bench-'))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        bench_prepare(s, folder)
+    finally:
+        if not s.work_dir:
+            shutil.rmtree(folder)
+
+if __name__ == '__main__':
+    with config.user_errors():
+        main(Settings(**config.load(Settings, usage=__doc__)[0]))
