@@ -536,7 +536,8 @@ def lost_bytes(tokenizer):
     steps = (lambda p: p.get('pretokenizers', [p]))(parts['pre_tokenizer'] or {'type': None})
     if (parts['model']['type'] == 'BPE' and not parts['normalizer'] and steps[-1]['type'] == 'ByteLevel'
             and (parts['decoder'] or {}).get('type') == 'ByteLevel'
-            and {p['type'] for p in steps} <= {'ByteLevel', 'Digits'} and not any(p.get('add_prefix_space') for p in steps)):
+            and {p['type'] for p in steps} <= {'ByteLevel', 'Digits'}
+            and not any(p.get('add_prefix_space') for p in steps)):
         return bytes(b for b, letter in gpt2_letters().items() if tokenizer.token_to_id(letter) is None)
 
 def encode_texts(tokenizer, texts):
