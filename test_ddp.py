@@ -23,7 +23,7 @@ MOE = [*TINY, '--attention=mla', '--kv_lora_rank=16', '--qk_nope_head_dim=8', '-
        '--first_k_dense_replace=1', '--n_group=2', '--topk_group=1', '--seq_aux_loss_weight=1e-2',
        '--bias_update_speed=0.01', '--num_nextn_predict_layers=1']
 KINDS = {'dense': DENSE, 'moe': MOE, 'linear': [*TINY, '--attention=linear'],
-         'mixed': [*DENSE, "--dataset={'../small': 0.7, '../other': 0.3}"]}
+         'mixed': [*DENSE, "--dataset={'../small': 0.7, '../other': 0.3}"], 'muon_moe': [*MOE, '--optimizer=muon']}
 TIMES = {'elapsed_s', 'step_ms', 'tok_per_s', 'mfu', 'memory_mb'}
 
 WORKER = f"""

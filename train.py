@@ -6,7 +6,7 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time, zlib
+import functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +43,7 @@ class Settings:
     doc_attention_mask: bool = False    # tokens attend to their own document only
     global_batch_size: int = 0          # sequences per optimizer step over all ranks; 0: one micro-step
     max_steps: int = 1000               # optimizer steps of the whole run; 0: print the model and stop
-    optimizer: Literal['adamw'] = 'adamw'  # optimizer
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for matrices; embedding, head, norms, routers on AdamW
     learning_rate: float = 1e-3         # its peak
     min_lr_frac: float = 0.1            # where it ends, a fraction of learning_rate
     warmup_steps: int = 100             # steps of linear warm-up
@@ -189,10 +189,68 @@ def build_model(s, given, found, data):
         check_same(found, name, getattr(model.config, name), getattr(config, name))
     return model
 
-def parameter_groups(model, weight_decay):
-    """For AdamW: matrices decay, norms do not"""
-    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == flag] for flag in (True, False))
-    return [{'params': matrices, 'weight_decay': weight_decay}, {'params': others, 'weight_decay': 0.0}]
+def parameter_groups(model, s):
+    """Matrices decay, norms do not. rows: for Muon, the heights of the blocks of rows that are matrices of their own (a
+    head's, the gate's and the up projection's), again and again; () for AdamW: embedding, head, norms, routers"""
+    groups, c = {}, model.config
+    dn, dr = c.qk_nope_head_dim, c.qk_rope_head_dim
+    head = (dn + dr,) if c.attention == 'mla' else (c.head_dim,)
+    blocks = {'q_proj': head, 'q_b_proj': head, 'k_proj': head, 'v_proj': head, 'kv_b_proj': (dn, c.v_head_dim),
+              'kv_a_proj_with_mqa': (c.kv_lora_rank, dr), 'gate_up_proj': (c.moe_intermediate_size,)}
+    for name, p in model.named_parameters():
+        kind = name.removesuffix('.weight').split('.')[-1]
+        muon = s.optimizer == 'muon' and kind.endswith(('_proj', '_mqa')) and p.numel()
+        rows = blocks.get(kind, (p.shape[-2],)) if muon else ()
+        groups.setdefault((rows, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
+    return [{'params': found, 'weight_decay': decay, 'rows': list(rows)} for (rows, decay), found in groups.items()]
+
+def orthogonal(x, dtype):
+    """x (..., A, B) -> as float32 its U V^T, about: five steps of Newton-Schulz make all singular values 0.7 to 1.2"""
+    y = x.flatten(0, -3).to(dtype)
+    y = y.mT if x.shape[-2] > x.shape[-1] else y
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return (y.mT if x.shape[-2] > x.shape[-1] else y).float().view_as(x)
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but for groups with rows Nesterov's momentum made orthogonal, in steps as large as AdamW's. Jordan et al.,
+    kellerjordan.github.io/posts/muon; the factor 0.2 sqrt(max(A, B)) is that of arXiv 2502.16982"""
+    def __init__(self, groups, *args, dist, dtype, momentum=0.95, **kwargs):
+        super().__init__(groups, *args, **kwargs)
+        self.dist, self.dtype, self.momentum, self._step_supports_amp_scaling = dist, dtype, momentum, False
+
+    @torch.no_grad()
+    def step(self):
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group['rows']]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            shapes = {}
+            for p in group['params'] if group['rows'] else ():
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():        # many at a time, but not everything at once
+                most = max(2**26 // shape.numel(), 1)
+                for i in range(0, len(params), most):
+                    self.move(params[i:i + most], group['rows'], group['lr'], group['weight_decay'])
+
+    def move(self, params, rows, lr, decay):
+        """params (A, B) or (E, A, B) each, of one shape"""
+        steps = torch.stack([self.dist.whole(self.direction(p)) for p in params])
+        for block in steps.unflatten(-2, (-1, sum(rows))).split(rows, -2):              # (..., A / sum(rows), row, B)
+            block.copy_(orthogonal(block, self.dtype) * 0.2 * max(block.shape[-2:]) ** 0.5)
+        for p, step in zip(params, steps):
+            p.mul_(1 - lr * decay).add_(self.dist.part(step, p), alpha=-lr)
+
+    def direction(self, p):
+        state = self.state[p]
+        if not state:               # step: AdamW looks for it when a state is loaded
+            state['step'], state['momentum_buffer'] = torch.zeros(()), torch.zeros_like(p)
+        state['momentum_buffer'].mul_(self.momentum).add_(p.grad)
+        step = p.grad.add(state['momentum_buffer'], alpha=self.momentum)
+        return step * (p.grad != 0).any(-1, True).any(-2, True) if p.dim() > 2 else step    # an idle expert stays
 
 def check_sizes(s, c, data):
     if data.vocab_size > c.vocab_size:
@@ -690,8 +748,10 @@ def start(run):
     forward = run.dist.wrap(model)
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run.optimizer = torch.optim.AdamW(parameter_groups(model, s.weight_decay), s.learning_rate, (s.beta1, s.beta2),
-                                      s.eps, fused=device.type in ('cpu', 'cuda'))
+    kind = torch.optim.AdamW if s.optimizer == 'adamw' else functools.partial(
+        Muon, dist=run.dist, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    run.optimizer = kind(parameter_groups(model, s), s.learning_rate, (s.beta1, s.beta2), s.eps,
+                         fused=device.type in ('cpu', 'cuda'))
     if found:
         load_trainer(run, found)
     if run.step >= s.max_steps:
