@@ -724,7 +724,8 @@ def setup(s, model_settings, dist):
     if dist.rank == 0:
         data.check()
     batch = s.global_batch_size or s.batch_size * dist.world
-    identity = {'seed': s.seed, 'block_size': s.block_size, 'batch': batch, 'data': data.fingerprint()}
+    identity = {'seed': s.seed, 'block_size': s.block_size, 'batch': batch, 'optimizer': s.optimizer,
+                'data': data.fingerprint()}
     found = dist.first(lambda: find_resume(s, identity))
     return SimpleNamespace(s=s, dist=dist, data=data, model=build_model(s, given, found, data), device=device,
                            dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0, rollbacks=0,

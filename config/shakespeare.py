@@ -2,7 +2,7 @@
 # 3.1M parameters, 1.3M active per token: 4 layers, each with 1 shared and 8 routed experts, 2 of them active.
 # Meant for `python prepare.py shakespeare`; runs on any dataset.
 # Needs 1.1 GB of memory, and two to three minutes on two CPU cores.
-# Expect 2.4 bits per byte on the validation split, from 6.3 at the start, and lines that read like the plays.
+# Expect 2.25 bits per byte on the validation split, from 6.3 at the start, and lines that read like the plays.
 out_dir = 'out/shakespeare'
 dataset = 'shakespeare'
 
@@ -25,7 +25,8 @@ bias_update_speed = 1e-2                # ten times DeepSeek-V3's: a run of 750 
 batch_size = 8
 block_size = 256
 max_steps = 750
-learning_rate = 2e-3
+optimizer = 'muon'                      # ends 0.10 nats below AdamW at its best rate, 2e-3; a step takes 1.14 times
+learning_rate = 6e-3
 warmup_steps = 50
 min_lr_frac = 0.0
 eval_interval = 150
