@@ -107,6 +107,9 @@ class Settings:
 
 LONE = re.compile('[\ud800-\udfff]')        # stands for a byte that is not UTF-8, and in JSON for half a character
 
+class BadDocument(ValueError):
+    """The one that ends a preparation"""
+
 class LongText:
     """A text that need not fit into memory: a file, in parts [(split or None, characters)] that follow each other"""
 
@@ -628,7 +631,7 @@ def documents(source, s, tokenizer, state, seen=None):
         if problem and not (long and s.bad_documents == 'replace'):
             if s.bad_documents == 'stop':
                 where = '' if long else f'{source.here}: '
-                raise ValueError(f'{where}{problem}; leave such documents out with --bad_documents=skip')
+                raise BadDocument(f'{where}{problem}; leave such documents out with --bad_documents=skip')
             state['left_out']['bad'] += 1
             continue
         digest = long.digest if long else int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
@@ -762,23 +765,25 @@ def prepare(s):
         if (folder / 'meta.json').exists():
             move(folder, out)
     if s.resume == 'auto' and is_complete(out, recipe, source):
-        shutil.rmtree(work, ignore_errors=True)
+        if before and before['recipe'] == recipe:
+            shutil.rmtree(work)
         print(f'{out} is complete, by the same settings and from the same text: --resume=never makes it again')
         return out
+    if before:
+        check_same(work, before, recipe, source)
     print(f'{source.name}: {source.describe()}')
     try:
-        if before and (before['recipe'], before['identity']) != (recipe, source.identity):
-            print('an interrupted preparation with other settings or of another text is dropped')
-            before = None
         meta, progress, seen = begin(s, source, recipe, work, before)
         if not progress.state['complete']:
             fill(s, source, meta, progress, seen)
         finish(s, source, meta, progress, out)
     except BaseException as e:
-        if (work / 'progress.json').exists() and not isinstance(e, ValueError):
-            note = f'the same command goes on from what is in {work}'
-            if isinstance(e, OSError):
-                raise OSError(f'{e}; {note}') from e
+        kept = (work / 'progress.json').exists()
+        if kept and (isinstance(e, BadDocument) or not isinstance(e, ValueError)):
+            same = 'with that it' if isinstance(e, BadDocument) else 'the same command'
+            note = f'{same} goes on from what is in {work}'
+            if isinstance(e, (OSError, BadDocument)):
+                raise type(e)(f'{e}; {note}') from e
             print(note, file=sys.stderr)
         else:                                               # nothing to go on with, or to no other end: no trace
             shutil.rmtree(work, ignore_errors=True)
@@ -790,6 +795,16 @@ def prepare(s):
     print(f'written to {out} in {time.time() - began:.1f} s; next: python train.py ' + (
         'config/shakespeare.py' if dataset == 'shakespeare' else f'--dataset={dataset}'))
     return out
+
+def check_same(work, before, recipe, source):
+    """ValueError unless what is in work was begun by the same command, of the same text"""
+    old = before['recipe']
+    if old['bad_documents'] == 'stop':          # there was none so far
+        old['bad_documents'] = recipe['bad_documents']
+    other = [f'{k}={old.get(k)!r}, now {v!r}' for k, v in recipe.items() if old.get(k) != v]
+    if other or before['identity'] != source.identity:
+        raise ValueError(f'{work} has an interrupted preparation {"with " + other[0] if other else "of another text"}: '
+                         'go on with that, give another --out_dir, or drop it with --resume=never')
 
 def is_complete(out, recipe, source):
     try:
@@ -864,7 +879,8 @@ def fill(s, source, meta, progress, seen):
                 progress.save()
                 saved = time.time()
         state['complete'] = state['complete'] or not problem and not stop
-        progress.save()
+        if not isinstance(problem, ValueError) or (progress.folder / 'progress.json').exists():
+            progress.save()
     except BrokenProcessPool as e:
         raise OSError('a worker process died, perhaps for lack of memory; --workers=1 needs least') from e
     finally:

@@ -618,25 +618,38 @@ def test_a_process_can_prepare_again_and_has_its_signals_back(tmp_path, small):
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_other_settings_or_another_text_drop_what_was_interrupted(tmp_path):
+def test_other_settings_or_another_text_are_refused_until_what_was_interrupted_is_dropped(tmp_path):
     path = write_corpus(tmp_path / 'mine.jsonl', words(300, 1))
     settings = {'source': str(path), 'tokenizer': 'bpe:300', 'workers': 1, 'val_frac': 0.1,
                 'out_dir': str(tmp_path / 'out')}
-
-    def interrupt():
-        process = start(settings)
-        wait_for(process, (tmp_path / 'out/.partial/progress.json').exists)
-        process.kill()
-        assert process.communicate() and process.returncode == -signal.SIGKILL
-    interrupt()
-    settings['val_frac'] = 0.2
-    code, told, err = go(settings)
-    assert code == 0 and 'is dropped' in told and read_back(tmp_path / 'out') == by_split(words(300, 1), 0.2, 0.2)
-    settings['val_frac'] = 0.1
-    interrupt()
+    process = start(settings)
+    wait_for(process, (tmp_path / 'out/.partial/progress.json').exists)
+    process.kill()
+    assert process.communicate() and process.returncode == -signal.SIGKILL
+    before = files(tmp_path / 'out')
+    code, told, err = go({**settings, 'val_frac': 0.2})
+    assert code == 2 and err.count('\n') == 1 and 'val_frac=0.1, now 0.2' in err and '--resume=never' in err
     write_corpus(path, words(299, 2))
     code, told, err = go(settings)
-    assert code == 0 and 'is dropped' in told and read_back(tmp_path / 'out') == by_split(words(299, 2), 0.1, 0.1)
+    assert code == 2 and err.count('\n') == 1 and 'of another text' in err and files(tmp_path / 'out') == before
+    code, told, err = go({**settings, 'resume': 'never'})
+    assert code == 0 and 'going on' not in told and read_back(tmp_path / 'out') == by_split(words(299, 2), 0.1, 0.1)
+
+
+def test_a_bad_document_after_hours_costs_nothing(tmp_path):
+    path = write_corpus(tmp_path / 'mine.jsonl', words(300, 1))
+    own = str(prep(path, tmp_path / 'own', val_frac=0.1))   # a tokenizer that needs not read the text first
+    good = path.read_text(encoding='utf-8')
+    path.write_text(f'{good}no JSON\n{good}', encoding='utf-8')
+    settings = {'source': str(path), 'tokenizer': own, 'workers': 2, 'val_frac': 0.1, 'out_dir': str(tmp_path / 'out')}
+    code, told, err = go(settings)
+    assert code == 2 and err.count('\n') == 1 and 'line 301' in err
+    assert '--bad_documents=skip; with that it goes on' in err
+    code, told, err = go({**settings, 'bad_documents': 'skip'})
+    tokens = int(re.search('going on behind token ([0-9,]+)', told)[1].replace(',', ''))
+    assert code == 0 and tokens > 10_000 and read_back(tmp_path / 'out') == by_split(words(300, 1) * 2, 0.1, 0.1)
+    assert go({**settings, 'bad_documents': 'skip', 'out_dir': str(tmp_path / 'fresh')})[0] == 0
+    assert files(tmp_path / 'fresh') == files(tmp_path / 'out')
 
 
 @pytest.fixture
