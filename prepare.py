@@ -758,7 +758,7 @@ def prepare(s):
         before = json.loads((work / 'progress.json').read_bytes()) if s.resume == 'auto' else None
     except (OSError, ValueError):
         before = None
-    source = open_source(s, before['revision'] if before and before['recipe'] == recipe else None)
+    source = open_source(s, before['revision'] if before and before['recipe'].get('source') == s.source else None)
     if source.text and not s.tokenizer:
         recipe['tokenizer'] = 'char'
     for folder in (work, work / 'packed'):                  # an earlier one that was stopped while it moved its files
