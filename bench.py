@@ -1,16 +1,22 @@
 """How fast, how much memory, against whom.
 
+    python bench.py config/shakespeare.py                       # training and decoding of a model, on random tokens
+    python bench.py config/shakespeare.py --vs=transformers     # the same weights there, with each kind of its experts
     python bench.py --corpus_mb=2000        # prepare.py on made-up text, the tokenizers' libraries, and nanoGPT's way
 
-Measures alternately, and prints medians and ratios; run nothing else meanwhile.
+Measures in turn, after a warm-up, and prints medians and ratios; run nothing else meanwhile.
 """
-import functools, json, os, re, shutil, statistics, subprocess, sys, tempfile, threading, time
+import functools, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, threading, time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-import config, prepare
+import config, prepare, train
+from model import Config, Transformer
 
 HERE = Path(__file__).resolve().parent
 
@@ -18,10 +24,82 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Settings:
     """Settings of bench.py"""
-    corpus_mb: int = 200            # megabytes of made-up text that are prepared
+    vs: Literal['', 'transformers'] = ''  # also measure the same weights there
+    rounds: int = 5                 # of each measurement
+    new_tokens: int = 64            # that are decoded, at batch 1
+    context: int = 64               # tokens before them
+    corpus_mb: int = 0              # not a model, but prepare.py, on so many megabytes of text
     tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
-    rounds: int = 3                 # of each measurement; the whole corpus is prepared once
     work_dir: str = ''              # where text and token files go; if empty a temporary folder, removed afterwards
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+def trainer(model, loss_of, t, device, dtype):
+    """-> a function that takes an optimizer step on random tokens, and waits until it is done"""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type in ('cpu', 'cuda'))
+    vocab_size = model.config.vocab_size
+
+    def step():
+        tokens = torch.randint(0, vocab_size, (t.batch_size, t.block_size + 1), device=device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+    return step
+
+def contenders(s, model, t, device, dtype, folder):
+    """{name: (training step, decoding)}: ours, and those of transformers, which start from the weights in folder"""
+    prompt = torch.randint(0, model.config.vocab_size, (1, s.context), device=device)
+    forward, _ = train.compiled(model, model, t, device, lambda: torch.autocast(device.type, dtype,
+                                                                                enabled=dtype != torch.float32))
+    step = trainer(model, lambda x, y: forward(x, y)[1], t, device, dtype)
+    own = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval()
+    found = {'nanoseek': (step, lambda: own.generate(prompt, s.new_tokens))}
+    if s.vs:
+        from transformers import AutoModelForCausalLM, logging
+        logging.disable_progress_bar()
+        load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
+        for kind in ('eager', 'batched_mm', 'grouped_mm') if model.moe_layers else ('eager',):
+            options = {'experts_implementation': kind} if model.moe_layers else {}
+            other = load(dtype=torch.float32, **options).to(device).train()
+            fast = load(dtype=dtype, **options).to(device).eval()
+            loss_of = lambda x, y, other=other: F.cross_entropy(other(x).logits.float().flatten(0, 1), y.flatten())
+            decode = functools.partial(fast.generate, prompt, do_sample=False, eos_token_id=None,
+                                       attention_mask=torch.ones_like(prompt), max_new_tokens=s.new_tokens)
+            step = trainer(other, loss_of, t, device, dtype) if kind != 'batched_mm' else None  # it is slow
+            found[f'transformers, {kind}'] = step, decode
+    return found
+
+def medians(jobs, rounds):
+    """{name: function} -> {name: median of the seconds it takes}, measured in turn"""
+    times = {name: [] for name in jobs}
+    for i in range(rounds + 2):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            job()
+            times[name] += [time.perf_counter() - began] * (i > 1)      # two for warming up
+    return {name: statistics.median(found) for name, found in times.items()}
+
+def bench_model(s, t, given, folder):
+    device, dtype = train.pick_device(t)
+    model = Transformer(Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}}))
+    model.save_pretrained(folder)
+    model.to(device).train()
+    estimate, rate = sum(train.memory_estimate(t, model.config, dtype)), train.matmul_rate(device, dtype)
+    print(f'{device.type} {str(dtype)[6:]}, {t.batch_size} x {t.block_size} tokens; a matmul reaches {rate / 1e12:.2f} '
+          f'TFLOP/s here\n{train.architecture(model.config)}')
+    tokens, flops = t.batch_size * t.block_size, model.flops_per_token(t.block_size)
+    jobs = contenders(s, model, t, device, dtype, folder)
+    steps, decodes = (medians({name: found[i] for name, found in jobs.items() if found[i]}, s.rounds) for i in (0, 1))
+    rows = [(name, steps.get(name, math.inf), decodes[name]) for name in jobs]
+    print(f'{"":28}{"ms a step":>12}{"tokens/s":>12}{"MFU":>6}{"ours is":>9}{"decoded/s":>12}{"ours is":>9}')
+    for name, step, decode in rows:
+        print(f'{name:28}{step * 1e3:12.1f}{tokens / step:12,.0f}{tokens * flops / step / rate:6.0%}'
+              f'{step / rows[0][1]:8.2f}x{s.new_tokens / decode:12.1f}{decode / rows[0][2]:8.2f}x')
+    print(f'memory: {estimate / 2**20:,.0f} MB by the estimate, without Python and torch')
 
 # ------------------------------------------------------------------------------------------------------------- corpus
 
@@ -127,15 +205,16 @@ def bench_prepare(s, folder):
             seconds, peak = timed(*command, memory=True)
             print(f'{size:,.0f} MB, {name}: {seconds:,.0f} s, {size / seconds:.2f} MB/s, {peak:,.0f} MB of memory')
 
-def main(s):
+def main(s, t, given):
     folder = Path(s.work_dir or tempfile.mkdtemp(prefix='nanoseek-bench-'))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        bench_prepare(s, folder)
+        bench_prepare(s, folder) if s.corpus_mb else bench_model(s, t, given, folder)
     finally:
         if not s.work_dir:
             shutil.rmtree(folder)
 
 if __name__ == '__main__':
     with config.user_errors():
-        main(Settings(**config.load(Settings, usage=__doc__)[0]))
+        own, training, model_settings = config.load(Settings, train.Settings, Config, usage=__doc__)
+        main(Settings(**own), train.Settings(**training), model_settings)
