@@ -759,7 +759,9 @@ def test_sample_takes_the_newest_and_not_the_best(tmp_path, go, capfd, monkeypat
     assert go(tmp_path, *args, '--keep_checkpoints=1').returncode == 0 and len(names(tmp_path)) == 2
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--max_new_tokens=1'])
     handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGPIPE)
     runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
+    signal.signal(signal.SIGPIPE, handler)                  # which sample.py sets, for `| head`
     signal.signal(signal.SIGINT, handler)
     assert capfd.readouterr().err.startswith('out/tiny/step-000018: ')
 

@@ -41,7 +41,8 @@ def call(monkeypatch, capfd):
     def call(folder, script, *args):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, 'argv', [str(HERE / script), *map(str, args)])
-        handlers, status = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, 0
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)}
+        status = 0
         capfd.readouterr()
         try:
             runpy.run_path(str(HERE / script), run_name='__main__')
