@@ -758,11 +758,10 @@ def test_sample_takes_the_newest_and_not_the_best(tmp_path, go, capfd, monkeypat
     args = ['--max_steps=18', '--checkpoint_interval=3', '--eval_interval=3', '--warmup_steps=18', '--learning_rate=5']
     assert go(tmp_path, *args, '--keep_checkpoints=1').returncode == 0 and len(names(tmp_path)) == 2
     monkeypatch.setattr(sys, 'argv', ['sample.py', '--max_new_tokens=1'])
-    handler = signal.getsignal(signal.SIGINT)
-    handler = signal.getsignal(signal.SIGPIPE)
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGPIPE)}    # both are sample.py's afterwards
     runpy.run_path(str(HERE / 'sample.py'), run_name='__main__')
-    signal.signal(signal.SIGPIPE, handler)                  # which sample.py sets, for `| head`
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert capfd.readouterr().err.startswith('out/tiny/step-000018: ')
 
 
