@@ -273,16 +273,16 @@ class Files:
             return
         first, inner = self.at = at or [0, None]
         for i, path in enumerate(self.paths[first:], first):
-            before = sum(self.sizes[:i])
+            before, label = sum(self.sizes[:i]), path if len(self.paths) > 1 else self.about['path']
             try:
                 for after, done, document in READERS[kind(path)](path, inner, self.field):
                     if isinstance(document, LongText):
                         document.at = [i, None]
-                    self.here = f'{path}, ' + (f'line {after[0]}' if isinstance(after, list) else f'document {after}')
+                    self.here = f'{label}, ' + (f'line {after[0]}' if isinstance(after, list) else f'document {after}')
                     self.at, self.done = [i, after], before + done
                     yield document
             except (EOFError, OSError, zlib.error, csv.Error, ValueError) as e:
-                raise ValueError(f'{path} cannot be read to its end: {e}') from e
+                raise ValueError(f'{label} cannot be read to its end: {e}') from e
             inner = None
 
 class Hub:
