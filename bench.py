@@ -97,8 +97,9 @@ def bench_model(s, t, given, folder):
     rows = [(name, steps.get(name, math.inf), decodes[name]) for name in jobs]
     print(f'{"":28}{"ms a step":>12}{"tokens/s":>12}{"MFU":>6}{"ours is":>9}{"decoded/s":>12}{"ours is":>9}')
     for name, step, decode in rows:
-        print(f'{name:28}{step * 1e3:12.1f}{tokens / step:12,.0f}{tokens * flops / step / rate:6.0%}'
-              f'{step / rows[0][1]:8.2f}x{s.new_tokens / decode:12.1f}{decode / rows[0][2]:8.2f}x')
+        trained = (f'{step * 1e3:12.1f}{tokens / step:12,.0f}{tokens * flops / step / rate:6.0%}'
+                   f'{step / rows[0][1]:8.2f}x') if step < math.inf else f'{"-":>12}{"-":>12}{"-":>6}{"-":>9}'
+        print(f'{name:28}{trained}{s.new_tokens / decode:12.1f}{decode / rows[0][2]:8.2f}x')
     print(f'memory: {estimate / 2**20:,.0f} MB by the estimate, without Python and torch')
 
 # ------------------------------------------------------------------------------------------------------------- corpus
