@@ -6,7 +6,7 @@
 
 Measures in turn, after a warm-up, and prints medians and ratios; run nothing else meanwhile.
 """
-import functools, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, threading, time
+import functools, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -181,25 +181,24 @@ if __name__ == '__main__':
 '''
 
 def bench_prepare(s, folder):
-    small, large, nanogpt = folder / 'small.jsonl', folder / 'large.jsonl', folder / 'nanogpt.py'
-    make_corpus(small, min(s.corpus_mb, 200))
-    make_corpus(large, s.corpus_mb)
+    tenth, small, large, nanogpt = (folder / n for n in ('tenth.jsonl', 'small.jsonl', 'large.jsonl', 'nanogpt.py'))
+    for file, megabytes in ((small, min(s.corpus_mb, 200)), (tenth, min(s.corpus_mb, 200) / 10), (large, s.corpus_mb)):
+        make_corpus(file, megabytes)
     nanogpt.write_text(NANOGPT)
     texts = read_corpus(small)
-    mb = sum(len(text.encode()) for text in texts) / 1e6
+    mb, more = (sum(len(text.encode()) for text in found) / 1e6 for found in (texts, texts[len(read_corpus(tenth)):]))
     ours = lambda file, *more: (sys.executable, HERE / 'prepare.py', file, f'--tokenizer={s.tokenizer}',
                                 '--resume=never', f'--out_dir={folder / file.stem}', *more)
     theirs = lambda file: (sys.executable, nanogpt, file, folder / 'cache', str(os.cpu_count()))
-    idle = timed(*ours(small, '--tokens=5000', '--val_frac=0.4'))
     print(f'{os.cpu_count()} cores, tokenizer {s.tokenizer}; {mb:.0f} MB of text, medians of {s.rounds}, in turn:')
     rates = {'library': [], 'prepare.py': []}
     for _ in range(s.rounds):
         rates['library'].append(mb / library(s.tokenizer, texts))
-        rates['prepare.py'].append(mb / (timed(*ours(small))[0] - idle[0]))
+        rates['prepare.py'].append(more / (timed(*ours(small))[0] - timed(*ours(tenth))[0]))    # the start is in both
     for name, found in rates.items():
         print(f'{name:12} {statistics.median(found):8.2f} MB/s')
-    print(f'ratio        {statistics.median(b / a for a, b in zip(*rates.values())):8.2f}, without the '
-          f'{idle[0]:.1f} s in which prepare.py starts')
+    ratio = statistics.median(b / a for a, b in zip(*rates.values()))
+    print(f'ratio        {ratio:8.2f}; prepare.py: by what the last nine tenths take, without its start')
     size = large.stat().st_size / 1e6
     for name, command in (('prepare.py', ours(large)), ("nanoGPT's way", theirs(large))):
         if s.tokenizer == 'gpt2' or name == 'prepare.py':

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import config, prepare, train
+from test_prepare import disk     # a fixture
 from model import Config, Transformer
 
 HERE = Path(train.__file__).resolve().parent
@@ -791,24 +792,6 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, go):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A full disk, a full memory
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of a given size; again with another size for more room"""
-    mounted, path = [], tmp_path / 'disk'
-    path.mkdir()
-
-    def disk(size):
-        options = f'{"remount," * bool(mounted)}size={size}'
-        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', path], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f'needs to mount a tmpfs: {done.stderr.strip()}')
-        mounted.append(1)
-        return path
-    yield disk
-    if mounted:
-        subprocess.run(['umount', '-l', path], check=True)
 
 
 FULL = r'train\.py: \S*step-\d{6} could not be written with [\d,]+ MB free there \(.+\): the checkpoints before it ' \
