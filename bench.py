@@ -91,7 +91,7 @@ def bench_model(s, t, given, folder):
     estimate, rate = sum(train.memory_estimate(t, model.config, dtype)), train.matmul_rate(device, dtype)
     print(f'{device.type} {str(dtype)[6:]}, {t.batch_size} x {t.block_size} tokens; a matmul reaches {rate / 1e12:.2f} '
           f'TFLOP/s here\n{train.architecture(model.config)}')
-    tokens, flops = t.batch_size * t.block_size, model.flops_per_token(t.block_size)
+    tokens, flops = t.batch_size * t.block_size, train.flops_per_token(model, t.block_size)
     jobs = contenders(s, model, t, device, dtype, folder)
     steps, decodes = (medians({name: found[i] for name, found in jobs.items() if found[i]}, s.rounds) for i in (0, 1))
     rows = [(name, steps.get(name, math.inf), decodes[name]) for name in jobs]

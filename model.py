@@ -139,8 +139,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False)
     reset_parameters = lambda self: None                     # Transformer.init_weights does it
 
-def yarn_mscale(factor, mscale):
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+yarn_mscale = lambda factor, mscale: 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 def rope_table(config, dim):
     """-> cosines and sines (2, max_position_embeddings, dim/2) float32. [3]; YaRN [4] where rope_scaling asks for it"""
@@ -169,8 +168,8 @@ class Cache:
     """What decoding keeps: buffers of a fixed size, per layer those that its attention names in cache_shapes"""
     def __init__(self, c, batch, size, dtype, device):
         self.length, shapes = 0, ATTENTION[c.attention].cache_shapes(c, size)
-        buffers = lambda: [torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in shapes]
-        self.layers = [buffers() for _ in range(c.num_hidden_layers)]
+        self.layers = [[torch.zeros(batch, *shape, dtype=dtype, device=device) for shape in shapes]
+                       for _ in range(c.num_hidden_layers)]
     def extend(self, layer, *new):                           # each (..., T, d) behind the cached ones -> (..., S, d)
         end = self.length + new[0].shape[-2]
         for buffer, x in zip(self.layers[layer], new):
@@ -183,6 +182,8 @@ def attend(q, k, v, scale, mask=None):
     (B, H, T, d), (G, S), dv = q.shape, k.shape[1:3], v.shape[-1]
     if callable(mask):
         return mask(q, k, v, scale=scale, enable_gqa=G != H)
+    if T == 1 and d == dv:                                   # sees all; the heads that share a key are its queries
+        return F.scaled_dot_product_attention(q.reshape(B, G, -1, d), k, v, scale=scale).view(B, H, 1, d)
     if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
         future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if mask is None else mask
         scores = ((q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)).view(B, H, T, S) + future
@@ -194,7 +195,6 @@ def attend(q, k, v, scale, mask=None):
 class GQA(nn.Module):
     """Grouped-query attention, as Llama and SmolLM2 have it"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_key_value_heads, size, c.head_dim)] * 2)
-    flops = staticmethod(lambda c, T: c.num_attention_heads * 4 * c.head_dim * T)   # of a token, without projections
     def __init__(self, c):
         super().__init__()
         self.dims = H, G, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -215,8 +215,6 @@ class GQA(nn.Module):
 class LinearAttention(GQA):
     """The feature map elu + 1 in the place of the softmax [5]: all that is kept of the past is a matrix per head"""
     cache_shapes = staticmethod(lambda c, size: [(c.num_attention_heads, c.head_dim, c.head_dim + 1)])
-    flops = staticmethod(lambda c, T: c.num_attention_heads * 2 * (
-        min(64, T) * (2 * c.head_dim + 1) + 2 * c.head_dim * (c.head_dim + 1)))              # the chunk, the state
     def mix(self, q, k, v, cache, layer, mask, chunk=64):
         """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost linear in T. [5] eq. 9-12"""
         (H, G, d), T, C = self.dims, q.shape[2], min(chunk, q.shape[2])
@@ -233,9 +231,7 @@ class LinearAttention(GQA):
 
 class MLA(nn.Module):
     """Multi-head latent attention [1] 2.1.1: all that is cached is a latent of R dims and one rotated key"""
-    cache_shapes = staticmethod(lambda c, size: [(size, c.kv_lora_rank), (size, c.qk_rope_head_dim)])
-    flops = staticmethod(lambda c, T: 2 * T * c.num_attention_heads * (
-        c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim))
+    cache_shapes = staticmethod(lambda c, size: [(size, c.kv_lora_rank + c.qk_rope_head_dim)])
     def __init__(self, c):
         super().__init__()
         H, dn, dr, dv, R = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
@@ -256,26 +252,26 @@ class MLA(nn.Module):
         q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)      # (B, H, T, dn), (B, H, T, dr)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((R, dr), -1)                             # (B, T, R), (B, T, dr)
         c = self.kv_a_layernorm(c.to(own)).to(k_pe.dtype)                                   # eq. 1 (q: eq. 6, 7)
-        q_pe, k_pe = rotate(q_pe, rope, interleaved=True), rotate(k_pe, rope, interleaved=True)  # eq. 8, 3
+        q_pe, k_pe = rotate(torch.cat((q_pe, k_pe[:, None]), 1), rope, interleaved=True).split((H, 1), 1)  # eq. 8, 3
+        kv = torch.cat((c, k_pe[:, 0]), -1)                                                 # (B, T, R+dr)
         if cache is not None:
-            c, k_pe = cache.extend(layer, c, k_pe)                                          # (B, S, R), (B, S, dr)
-        form = self.attend_expanded if c.shape[1] == T else self.attend_absorbed
-        return self.o_proj(form(q_nope, q_pe, c, k_pe, mask).transpose(1, 2).flatten(2))             # eq. 11
+            kv, = cache.extend(layer, kv)                                                   # (B, S, R+dr)
+        form = self.attend_expanded if kv.shape[1] == T else self.attend_absorbed
+        return self.o_proj(form(q_nope, q_pe, kv, mask).transpose(1, 2).flatten(2))                  # eq. 11
 
-    def attend_expanded(self, q_nope, q_pe, c, k_pe, mask=None):
+    def attend_expanded(self, q_nope, q_pe, kv, mask=None):
         """Every head's keys and values are made from the latent: fewest FLOPs for as many queries as keys"""
-        H, dn, dr, dv, R = self.dims
+        (H, dn, dr, dv, R), (c, k_pe) = self.dims, kv.tensor_split((self.dims[-1],), -1)
         k_nope, v = self.kv_b_proj(c).view(*c.shape[:2], H, dn + dv).transpose(1, 2).split((dn, dv), -1)  # eq. 2, 5
         k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), -1)                    # eq. 4  (B, H, S, dn+dr)
         return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale, mask)                # eq. 9, 10  (B, H, T, dv)
 
-    def attend_absorbed(self, q_nope, q_pe, c, k_pe, mask=None):
+    def attend_absorbed(self, q_nope, q_pe, kv, mask=None):
         """kv_b_proj moves to queries and result, the latent is the one key and value of all heads: fewest bytes"""
-        H, dn, dr, dv, R = self.dims
-        w_k, w_v = self.kv_b_proj.weight.to(c.dtype).view(H, dn + dv, R).split((dn, dv), 1)
-        q = torch.cat((q_nope.to(c.dtype) @ w_k, q_pe.to(c.dtype)), -1)                     # (B, H, T, R+dr)
-        k = torch.cat((c, k_pe), -1)[:, None]                                               # (B, 1, S, R+dr)
-        return attend(q, k, c[:, None], self.scale, mask) @ w_v.transpose(1, 2)             # (B, H, T, dv)
+        (H, dn, dr, dv, R), kv = self.dims, kv[:, None]                                     # (B, 1, S, R+dr)
+        w_k, w_v = self.kv_b_proj.weight.to(kv.dtype).view(H, dn + dv, R).split((dn, dv), 1)
+        q = torch.cat((q_nope.to(kv.dtype) @ w_k, q_pe.to(kv.dtype)), -1)                   # (B, H, T, R+dr)
+        return attend(q, kv, kv, self.scale, mask)[..., :R] @ w_v.transpose(1, 2)           # (B, H, T, dv)
 
 ATTENTION = {'gqa': GQA, 'mla': MLA, 'linear': LinearAttention}
 
@@ -343,6 +339,12 @@ class Experts(nn.Module):
     def forward(self, x, weights, ids):
         """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D), load (E,)"""
         (N, K), E, dtype = ids.shape, len(self.down_proj), compute_dtype(x)
+        if N * K <= E and not self.training and x.device.type == 'cpu':         # few: no order pays, only to read less
+            y, rows, weights = [], x.repeat_interleave(K, 0).split(1), weights.to(dtype).flatten()
+            for e, row, weight in zip(ids.flatten().tolist(), rows, weights):
+                gate, up = F.linear(row, self.gate_up_proj[e]).chunk(2, -1)
+                y.append(F.linear(F.silu(gate) * up * weight, self.down_proj[e]))
+            return torch.cat(y).view(N, K, -1).sum(1), None
         expert, order = ids.flatten().sort(stable=True)                                 # rows in order of their expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         load = ends.diff(prepend=ends.new_zeros(1))
@@ -371,9 +373,9 @@ class MoE(nn.Module):
 
     def forward(self, x):
         """x (B, T, D) -> (B, T, D), (load (E,), balance loss)"""
-        weights, ids, affinity = self.gate(x.flatten(0, 1))
+        B, (weights, ids, affinity) = len(x), self.gate(x.flatten(0, 1))
         y, load = self.experts(x.flatten(0, 1), weights, ids)
-        return self.shared_experts(x)[0] + y.view(x.shape), (load, self.balance_loss(affinity, ids, len(x)))
+        return self.shared_experts(x)[0] + y.view_as(x), (load, self.training and self.balance_loss(affinity, ids, B))
 
     def balance_loss(self, affinity, ids, B):
         """affinity (N, E), ids (N, K) -> the sequence-wise balance loss, mean over the B sequences. eq. 17-20"""
@@ -524,8 +526,8 @@ class Transformer(nn.Module):
         return None, sum(weights[k] * v for k, v in parts.items())
 
     def run(self, layer, *args):
-        again = self.gradient_checkpointing and self.training
-        return checkpoint(layer, *args, use_reentrant=False) if again else layer(*args)
+        save = not self.gradient_checkpointing or not self.training
+        return layer(*args) if save else checkpoint(layer, *args, use_reentrant=False)
 
     def mtp_loss(self, h, idx, targets, stats):
         """Depth k sees the states h_i and the tokens t_{i+k} and predicts t_{i+k+1}; targets_i is t_{i+1}. eq. 21-25"""
@@ -553,7 +555,12 @@ class Transformer(nn.Module):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
                 cache = Cache(self.config, len(idx), room, compute_dtype(self.head), idx.device)
-            new = sample(F.linear(self.hidden(new, cache)[0][:, -1], self.head).float(), temperature, top_k, top_p)
+            was, *_ = torch.backends.mkldnn.set_flags(new.numel() > 1, None, None, None)    # it is slow for one row
+            try:
+                logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()             # (B, V)
+            finally:
+                torch.backends.mkldnn.set_flags(was, None, None, None)
+            new = sample(logits, temperature, top_k, top_p)
             idx = torch.cat((idx, new), 1)
             yield new
 
@@ -630,13 +637,6 @@ class Transformer(nn.Module):
             table[next(part for mark, part in parts.items() if mark in name)] += p.numel()
             table['total'], table['active'] = table['total'] + p.numel(), table['active'] + round(p.numel() * met)
         return table
-
-    def flops_per_token(self, T):
-        """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
-        c, table = self.config, self.parameter_table()
-        heads = self.head.numel() * (1 + c.num_nextn_predict_layers)
-        weights = table['active'] - table['norms'] - table['embedding'] + heads
-        return 6 * weights + 3 * len(self.model.layers) * ATTENTION[c.attention].flops(c, T)
 
 def sample(logits, temperature, top_k=None, top_p=None):
     """logits (B, V) -> tokens (B, 1): the likeliest at temperature 0, else of the top_k and those that make up top_p"""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # see train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')    # see train.py; here short parallel parts follow fast
 
 import torch
 

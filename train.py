@@ -155,6 +155,15 @@ def matmul_rate(device, dtype):
         times.append(time.perf_counter() - t)
     return 2 * n ** 3 / min(times)
 
+def flops_per_token(model, T):
+    """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
+    c, table, d = model.config, model.parameter_table(), model.config.head_dim
+    heads = model.head.numel() * (1 + c.num_nextn_predict_layers)
+    weights = table['active'] - table['norms'] - table['embedding'] + heads
+    attention = {'gqa': 4 * d * T, 'mla': 2 * T * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim),
+                 'linear': 2 * (min(64, T) * (2 * d + 1) + 2 * d * (d + 1))}[c.attention]   # its chunk, its state
+    return 6 * weights + 3 * len(model.model.layers) * c.num_attention_heads * attention
+
 def peak_memory(device):
     """MB that this process has needed at most, on the GPU or in RAM"""
     if device.type == 'cuda':
@@ -446,7 +455,7 @@ def describe(s, c, estimate):
     states, activations = estimate
     yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
     yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
-    yield (f'a training step: {model.flops_per_token(s.block_size) / 1e6:,.1f} MFLOP per token, about '
+    yield (f'a training step: {flops_per_token(model, s.block_size) / 1e6:,.1f} MFLOP per token, about '
            f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and AdamW, '
            f'{activations / 2**20:,.0f} for {s.batch_size} x {s.block_size} tokens of activations')
 
@@ -957,7 +966,7 @@ def log_step(run, load, norm, ms):
     """The progress line, and its numbers in metrics.jsonl"""
     s, step, losses, tokens = run.s, run.step, run.losses, run.batch * run.s.block_size
     rate, lr = tokens / ms * 1e3, run.optimizer.param_groups[0]['lr']
-    mfu, memory = rate * run.model.flops_per_token(s.block_size) / run.peak, peak_memory(run.device)
+    mfu, memory = rate * flops_per_token(run.model, s.block_size) / run.peak, peak_memory(run.device)
     entry = {'step': step, 'tokens': step * tokens, 'elapsed_s': round(time.time() - STARTED, 2),
              'loss': losses['main'], 'lr': lr, 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
              'mfu': round(mfu, 4), 'memory_mb': round(memory, 1)}
