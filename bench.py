@@ -87,6 +87,9 @@ def bench_model(s, t, given, folder):
     device, dtype = train.pick_device(t)
     model = Transformer(Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}}))
     model.save_pretrained(folder)
+    if t.fp8:
+        train.check_fp8(t.fp8, device, dtype)
+        train.to_fp8(model, t.fp8)
     model.to(device).train()
     estimate, rate = sum(train.memory_estimate(t, model.config, dtype)), train.matmul_rate(device, dtype)
     print(f'{device.type} {str(dtype)[6:]}, {t.batch_size} x {t.block_size} tokens; a matmul reaches {rate / 1e12:.2f} '

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -617,7 +618,8 @@ def test_smollm2_goes_on_as_transformers_has_it(tmp_path, call):
     ('train.py', '--global_batch_size=6', 'global_batch_size=6|multiple|batch_size=4'),
     ('train.py', '--device=cuda:99', 'device=cuda:99|--device='),
     ('train.py', '--device=quantum', 'device=quantum|--device='),
-    ('train.py', '--dtype=int8', "dtype='int8'|float32"),
+    ('train.py', '--dtype=int8', "dtype='int8'|float32"), ('train.py', '--fp8=int4', "fp8='int4'|rowwise"),
+    ('train.py', '--fp8=tensorwise', 'fp8=tensorwise|device=cpu|8.9'),
     ('train.py', '--learning_rate=-1', 'learning_rate=-1|above 0'),
     ('train.py', '--learning_rte=1', "'learning_rte' on the command line, did you mean 'learning_rate'?"),
     ('train.py', '--max_steps=-1', 'max_steps=-1|at least 0'), ('train.py', '--max_steps', '--max_steps needs a value'),
@@ -820,3 +822,167 @@ def test_muon_resumes_bit_identically_and_learns(home, trained, tmp_path):
     assert trained(tmp_path / 'part', '--optimizer=muon', '--dtype=bfloat16') == whole
     assert weights(tmp_path / 'part') == weights(tmp_path / 'whole')
     assert whole[STEPS] < losses(home)[STEPS] + 0.3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# FP8
+
+FP8 = ['--dataset=shakespeare', '--device=cpu', '--dtype=bfloat16', '--max_position_embeddings=64', '--block_size=64',
+       '--batch_size=8', '--hidden_size=64', '--num_hidden_layers=2', '--num_attention_heads=4', '--warmup_steps=20',
+       '--initializer_range=0.06', '--learning_rate=3e-3', '--log_interval=1', '--eval_steps=4', '--out_dir=out/tiny']
+FP8_GQA = [*FP8, '--attention=gqa', '--num_key_value_heads=2', '--max_steps=200']
+FP8_MLA = [*FP8, '--attention=mla', '--q_lora_rank=40', '--kv_lora_rank=32', '--qk_nope_head_dim=16',
+           '--qk_rope_head_dim=16', '--v_head_dim=16', '--n_routed_experts=4', '--n_shared_experts=1',
+           '--moe_intermediate_size=32', '--first_k_dense_replace=1', '--num_nextn_predict_layers=1', '--batch_size=3',
+           '--optimizer=muon', '--max_steps=8', '--checkpoint_interval=4', '--tie_word_embeddings=false']
+RECIPES = pytest.mark.parametrize('recipe', ['tensorwise', 'rowwise'])
+
+
+@pytest.fixture(scope='session')
+def torchao():
+    return pytest.importorskip('torchao.float8', reason='torchao is not installed: pip install torchao')
+
+
+@pytest.fixture
+def emulated(call, tmp_path, monkeypatch):
+    """Trains in a folder of its own as train.py does, its FP8 matmuls emulated -> losses {step: loss}, the run"""
+    call(tmp_path, 'prepare.py', 'shakespeare')
+
+    def emulated(recipe, *args, name='run'):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        args = [*args, f'--dataset={tmp_path}/data/shakespeare']
+        given, model_settings = config.load(train.Settings, Config, argv=args)
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        run = train.setup(train.Settings(**given), model_settings, train.OneDevice())
+        if recipe:
+            train.to_fp8(run.model, recipe, emulate=True)
+        if train.start(run):
+            train.train(run)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return losses(tmp_path / name), run
+    return emulated
+
+
+def in_fp8(model):
+    return [name for name, m in model.named_modules() if type(m).__name__ == 'Float8Linear']
+
+
+def rounded(x, dim, largest=448.0, bits=3, lowest=-6):
+    """x, float64, to the nearest float8, by default e4m3, and back. Scaled so that the largest of a row (dim 1) or a
+    column (dim 0) becomes at most the largest float8, by a power of two; or of all (None) becomes just that"""
+    scale = largest / (x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True))
+    scale = scale if dim is None else 2 ** scale.log2().floor()
+    exponent = (x * scale).abs().clamp(min=2.0 ** lowest).log2().floor()
+    unit = 2 ** (exponent - bits)
+    return (x * scale / unit).round() * unit / scale        # halves to even
+
+
+@RECIPES
+def test_an_fp8_linear_is_the_product_of_rounded_matrices_forward_and_backward(torchao, recipe):
+    torch.manual_seed(0)
+    c = Config(vocab_size=9, hidden_size=48, num_hidden_layers=1, attention='gqa', num_attention_heads=2, head_dim=16)
+    model = Transformer(c)
+    train.to_fp8(model, recipe, emulate=True)
+    linear = model.model.layers[0].self_attn.q_proj         # 48 -> 32
+    x, grad = torch.randn(5, 48, requires_grad=True), torch.randn(5, 32) * torch.logspace(-2, 1, 5)[:, None]
+    y = linear(x)
+    y.backward(grad)
+    X, W, G, row = x.detach().double(), linear.weight.detach().double(), grad.double(), recipe == 'rowwise'
+    back = rounded if row else lambda g, dim: rounded(g, dim, 57344.0, 2, -14)      # e5m2
+    rows, columns = (1, 0) if row else (None, None)
+    for found, wanted, exact in ((y, rounded(X, rows) @ rounded(W, rows).T, X @ W.T),
+                                 (x.grad, back(G, rows) @ rounded(W, columns), G @ W),
+                                 (linear.weight.grad, back(G, columns).T @ rounded(X, columns), G.T @ X)):
+        error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
+        assert error(found, wanted) < 1e-3 and 0.01 < error(found, exact) < 0.1
+
+
+def test_fp8_is_in_attention_dense_and_shared_mlps_and_changes_no_name_or_weight(torchao):
+    given, settings = config.load(train.Settings, Config, argv=FP8_MLA)
+    build = lambda: torch.manual_seed(1) and Transformer(Config(vocab_size=64, **settings))
+    plain, model = build(), build()
+    parameters = dict(model.named_parameters())
+    train.to_fp8(model, 'rowwise', emulate=True)
+    attention = ('kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')       # the q LoRA's rank is no multiple of 16
+    mlp = ('gate_proj', 'up_proj', 'down_proj')
+    assert sorted(in_fp8(model)) == sorted(
+        [f'model.layers.{i}.self_attn.{n}' for i in range(3) for n in attention] +
+        [f'model.layers.{i}.mlp.{"shared_experts." if i else ""}{n}' for i in range(3) for n in mlp])
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    for kind in ('named_parameters', 'named_buffers', 'named_views'):
+        ours, theirs = list(getattr(model, kind)()), list(getattr(plain, kind)())
+        assert [n for n, _ in ours] == [n for n, _ in theirs]
+        assert all(a.dtype == b.dtype and a.equal(b) for (_, a), (_, b) in zip(ours, theirs))
+    index = {id(p): name for m in (model, plain) for name, p in m.named_parameters()}
+    for s in (train.Settings(optimizer='muon'), train.Settings()):
+        ours, theirs = ([{**g, 'params': [index[id(p)] for p in g['params']]} for g in train.parameter_groups(m, s)]
+                        for m in (model, plain))
+        assert ours == theirs
+    with pytest.raises(ValueError, match='fp8=rowwise.*multiples of 16'):
+        train.to_fp8(Transformer(Config(vocab_size=9, hidden_size=24, attention='gqa')), 'rowwise', emulate=True)
+
+
+def test_fp8_without_its_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchao', None)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    for dtype, words in ((torch.bfloat16, 'pip install torchao'), (torch.float16, 'dtype=float16')):
+        with pytest.raises(ValueError, match=f'^fp8=rowwise.*{words}$'):
+            train.check_fp8('rowwise', torch.device('cuda'), dtype)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 6))
+    with pytest.raises(ValueError, match='device=cuda has no FP8.*8.9'):
+        train.check_fp8('rowwise', torch.device('cuda'), torch.bfloat16)
+
+
+def test_200_steps_in_emulated_fp8_follow_bfloat16_within_a_percent(torchao, emulated):
+    means = lambda found: [sum(found[step + i] for i in range(1, 11)) / 10 for step in range(0, 200, 10)]
+    plain, _ = emulated('', *FP8_GQA, name='plain')
+    assert plain[200] < 0.6 * plain[1]                      # it learns
+    for recipe in ('tensorwise', 'rowwise'):
+        found, _ = emulated(recipe, *FP8_GQA, name=recipe)
+        assert len(found) == 200 and not set(found.values()) & set(plain.values())
+        assert means(found) == pytest.approx(means(plain), rel=0.01) and found == pytest.approx(plain, rel=0.02)
+
+
+def test_a_run_in_fp8_goes_on_and_is_a_checkpoint_like_any_other(torchao, emulated, tmp_path):
+    whole, run = emulated('rowwise', *FP8_MLA)
+    plain, other = emulated('', *FP8_MLA, name='plain')
+    assert in_fp8(run.model) and not in_fp8(other.model) and not set(whole.values()) & set(plain.values())
+    shutil.rmtree(tmp_path / 'run/out/tiny/step-000008')
+    shutil.copytree(tmp_path / 'run', tmp_path / 'left')
+    shutil.copytree(tmp_path / 'plain', tmp_path / 'joined')
+    shutil.rmtree(tmp_path / 'joined/out/tiny/step-000008')
+    final = {n: t.clone() for n, t in run.model.state_dict().items()}
+    again, run = emulated('rowwise', *FP8_MLA)
+    assert again == whole and all(t.equal(final[n]) for n, t in run.model.state_dict().items())
+    left, joined = emulated('', *FP8_MLA, name='left')[0], emulated('rowwise', *FP8_MLA, name='joined')[0]
+    for found, before, after in ((left, whole, plain), (joined, plain, whole)):
+        assert [found[i] == before[i] for i in range(1, 9)] == [True] * 4 + [False] * 4
+        assert found == pytest.approx(after, rel=0.01)
+    folders = [tmp_path / name / 'out/tiny/step-000008' for name in ('run', 'plain')]
+    tensors, configs = ([f(folder) for folder in folders] for f in (
+        lambda d: {k: (t.shape, t.dtype) for k, t in safetensors.torch.load_file(d / 'model.safetensors').items()},
+        lambda d: json.loads((d / 'config.json').read_text())))
+    assert tensors[0] == tensors[1] and configs[0] == configs[1]
+    model = Transformer.from_pretrained(folders[0])
+    assert not in_fp8(model) and all(t.equal(final[n]) for n, t in model.state_dict().items())
+    reference = pytest.importorskip('transformers').AutoModelForCausalLM.from_pretrained(folders[0]).eval()
+    idx = torch.arange(60)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(idx)[0], reference(idx).logits, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+                    reason='needs a CUDA device with FP8 (compute capability 8.9)')
+@RECIPES
+@pytest.mark.parametrize('compile', ['false', 'true'])
+def test_50_steps_in_fp8_on_a_gpu_follow_bfloat16(torchao, tmp_path, call, recipe, compile):
+    call(tmp_path, 'prepare.py', 'shakespeare')
+    curves = []
+    for extra in ([], [f'--fp8={recipe}', f'--compile={compile}']):
+        done = run(tmp_path, 'train.py', *FP8_MLA, '--device=cuda', '--max_steps=50', '--resume=never',
+                   '--compile=false', *extra)
+        assert done.returncode == 0 and 'does not work here' not in done.stdout, done.stderr
+        curves.append(losses(tmp_path))
+    assert curves[0] != curves[1] and curves[1] == pytest.approx(curves[0], rel=0.02)

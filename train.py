@@ -37,6 +37,7 @@ class Settings:
     seed: int = 1337                    # of the initial weights, the order of the data and dropout
     device: str = 'auto'                # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'bfloat16', 'float16', 'float32'] = 'auto'  # of the matmuls; the weights are float32
+    fp8: Literal['', 'tensorwise', 'rowwise'] = ''  # FP8 in attention, dense and shared MLPs; needs torchao
     compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on a GPU
     batch_size: int = 16                # sequences per device and micro-step
     block_size: int = 256               # tokens per sequence
@@ -143,6 +144,26 @@ def pick_device(s, own=None):
         return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     fast = device.type == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
     return device, torch.bfloat16 if fast else torch.float32
+
+def check_fp8(recipe, device, dtype):
+    """ValueError where the matmuls cannot be in float8"""
+    if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(f'fp8={recipe}: device={device} has no FP8: it takes a GPU of compute capability 8.9 or above')
+    if dtype != torch.bfloat16:
+        raise ValueError(f'fp8={recipe}: what is not FP8 must be bfloat16, not dtype={str(dtype)[6:]}')
+    if importlib.util.find_spec('torchao') is None:
+        raise ValueError(f'fp8={recipe} needs its package: pip install torchao')
+
+def to_fp8(model, recipe, emulate=False):
+    """Linears of attention, dense and shared MLPs multiply in float8 from now on, forward and backward: those with
+    widths that are multiples of 16. Weights and names stay. emulate: rounds as float8 does, on any device"""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    fits = lambda m, name: isinstance(m, torch.nn.Linear) and ('.self_attn.' in name or '.mlp.' in name) and all(
+        n and n % 16 == 0 for n in m.weight.shape)
+    if not any(fits(m, name) for name, m in model.named_modules()):
+        raise ValueError(f'fp8={recipe}: no linear layer of this model has widths that are multiples of 16')
+    options = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)  # any batch
+    convert_to_float8_training(model, config=options, module_filter_fn=fits)
 
 def matmul_rate(device, dtype):
     """FLOP/s that this device reaches in a large matrix product, measured: what MFU is a fraction of"""
@@ -720,6 +741,8 @@ def setup(s, model_settings, dist):
         c = plan(given, folder, data)
         print(*describe(s, c, memory_estimate(s, c, dtype)), *dist.costs(s, c, dtype), sep='\n')
         sys.exit(0)
+    if s.fp8:
+        check_fp8(s.fp8, device, dtype)
     data = open_data(s.dataset)
     for split in ('train', 'val'):
         data.windows(split, s.block_size)
@@ -736,9 +759,12 @@ def setup(s, model_settings, dist):
     identity = {'seed': s.seed, 'block_size': s.block_size, 'batch': batch, 'optimizer': s.optimizer,
                 'data': data.fingerprint()}
     found = dist.first(lambda: find_resume(s, identity))
-    return SimpleNamespace(s=s, dist=dist, data=data, model=build_model(s, given, found, data), device=device,
-                           dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0, rollbacks=0,
-                           bad=0, history=[], losses={}, about={}, writing=None, caught=[], stop=False)
+    model = build_model(s, given, found, data)
+    if s.fp8:
+        to_fp8(model, s.fp8)
+    return SimpleNamespace(s=s, dist=dist, data=data, model=model, device=device, dtype=dtype, found=found,
+                           identity=identity, batch=batch, step=0, skipped=0, rollbacks=0, bad=0, history=[],
+                           losses={}, about={}, writing=None, caught=[], stop=False)
 
 def clear(s, found, step):
     """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
@@ -783,8 +809,8 @@ def start(run):
         run.log.say(problem)
     rate, run.accumulation = matmul_rate(device, dtype), run.batch // (s.batch_size * run.dist.world)
     run.peak, run.tokenizer = rate * run.dist.world, load_tokenizer(run.data.directory)
-    run.log.say(f'{device.type} {str(dtype)[6:]}, {run.accumulation} x {s.batch_size} x {s.block_size} = '
-                f'{run.batch * s.block_size:,} tokens a step, {s.max_steps - run.step:,} steps; '
+    run.log.say(f'{device.type} {str(dtype)[6:]}{s.fp8 and f", fp8 {s.fp8}"}, {run.accumulation} x {s.batch_size} x '
+                f'{s.block_size} = {run.batch * s.block_size:,} tokens a step, {s.max_steps - run.step:,} steps; '
                 f'a matmul reaches {rate / 1e12:.2f} TFLOP/s here')
     return True
 
