@@ -82,28 +82,32 @@ def medians(jobs, rounds):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
+ATTEND, EXPERTS, ROUTER, DENSE = 'attention', 'experts', 'router and dispatch', 'dense and shared MLP'
+REST, HEAD, OPTIMIZER, DATA = 'embedding, norms and rest', 'head and loss', 'optimizer', 'data'
+ORDER = ATTEND, EXPERTS, ROUTER, DENSE, REST, HEAD, OPTIMIZER, DATA
+
 def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 def adamw(model, device):
     return torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type in ('cpu', 'cuda'))
 
-def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda stage: None, fetch=lambda: None):
+def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda part: None, fetch=lambda: None):
     """-> a function that takes an optimizer step on random tokens, and waits until it is done"""
     def step():
-        mark('data')
+        mark(DATA)
         fetch()
-        mark('forward')
+        mark(REST)
         tokens = torch.randint(0, vocab_size, (t.batch_size, t.block_size + 1), device=device)
         with autocast(device, dtype):
             loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        mark('backward')
+        mark(HEAD)
         loss.backward()
-        mark('optimizer')
+        mark(OPTIMIZER)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        mark('end')
+        mark(None)
         loss.item()
     return step
 
@@ -122,12 +126,8 @@ def dense(c):
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
-ATTEND, EXPERTS, ROUTER, DENSE = 'attention', 'experts', 'router and dispatch', 'dense and shared MLP'
-REST, HEAD, OPTIMIZER, DATA = 'embedding, norms and rest', 'head and loss', 'optimizer', 'data'
 KINDS = {**dict.fromkeys(ATTENTION.values(), ATTEND), MLP: DENSE, nn.RMSNorm: REST, nn.Embedding: REST,
          **dict.fromkeys((MoE, Router, Experts), ROUTER)}
-ORDER = ATTEND, EXPERTS, ROUTER, DENSE, REST, HEAD, OPTIMIZER, DATA
-STAGES = {'data': DATA, 'forward': REST, 'backward': HEAD, 'optimizer': OPTIMIZER, 'end': None}
 
 class Parts:
     """Where the time of a training step goes: a mark begins a part, which lasts until the next mark. Forward, modules
@@ -135,7 +135,7 @@ class Parts:
     autograd goes back in the opposite order. Within Experts, time is that of the experts from the first permutation
     on, and of the dispatch in permutations and before. On a GPU a mark is an event, nothing waits for it."""
     def __init__(self, model, device):
-        self.model, self.device, self.marks, self.backward = model, device, [], False
+        self.model, self.device, self.marks = model, device, []
 
     def watch(self):
         """-> handles of hooks on the modules that begin a part"""
@@ -155,16 +155,11 @@ class Parts:
             now.record()
         self.marks.append((part, now))
 
-    def stage(self, name):
-        self.backward = name == 'backward'
-        self.mark(STAGES[name])
-
     def leave(self, out, part, after):
         for t in out if isinstance(out, tuple) else (out,):
             if isinstance(t, torch.Tensor) and t.requires_grad:
                 t.register_hook(lambda grad: self.mark(part))
-        if not self.backward:       # recomputed for its backward pass, which is next
-            self.mark(after)
+        self.mark(after)
 
     def marked(self, f, part, after):
         def call(*args):
@@ -200,7 +195,8 @@ def parts_of_step(s, t, model, device, dtype):
     parts, optimizer = Parts(model, device), train.make_optimizer(t, model, dtype, train.OneDevice())
     own_step = functools.partial(trainer, model, lambda x, y: model(x, y)[1], model.config.vocab_size, t, device, dtype,
                                  optimizer, fetch=fetch)
-    step, names = own_step(mark=parts.stage), [p for p in ORDER if p in parts.times(own_step(mark=parts.stage))]
+    step = own_step(mark=parts.mark)
+    names = [part for part in ORDER if part in parts.times(step)]
     job = lambda: [found[name] for found in [parts.times(step)] for name in names]
     times = medians({'parts': job, 'step': functools.partial(seconds, own_step())}, s.rounds)
     return dict(zip(names, times['parts'])), times['step'][0], source
@@ -273,7 +269,7 @@ class Times:
         pass
 
 def decoder(stream):
-    """stream: (prompt (B, T), n) -> n tokens (B, 1), one by one. -> a job: seconds to the first, and between the others"""
+    """stream: (prompt (B, T), n) -> n tokens (B, 1), one by one. -> a job: seconds to the first and of one more"""
     def job(prompt, n):
         times = [time.perf_counter()]
         for token in stream(prompt, n):

@@ -80,17 +80,19 @@ class Sleep(torch.autograd.Function):
 
 
 @pytest.mark.parametrize('again', (False, True))
-@pytest.mark.parametrize('name, part', (('o_proj', bench.ATTEND), ('gate', bench.ROUTER), ('shared_experts', bench.DENSE),
-                                        ('norm', bench.REST), ('grouped_linear', bench.EXPERTS)))
+@pytest.mark.parametrize('name, part', (('o_proj', bench.ATTEND), ('gate', bench.ROUTER), ('mlp', bench.DENSE),
+                                        ('shared_experts', bench.DENSE), ('norm', bench.REST),
+                                        ('grouped_linear', bench.EXPERTS)))
 def test_time_is_that_of_the_part_where_it_was_spent(monkeypatch, name, part, again):
     """again: with gradient checkpointing, which goes through the layer a second time"""
-    c = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, n_routed_experts=4, n_shared_experts=1)
+    c = Config(vocab_size=64, hidden_size=64, num_hidden_layers=2, n_routed_experts=4, n_shared_experts=1,
+               first_k_dense_replace=1)
     t, cpu, model = train.Settings(batch_size=2, block_size=16), torch.device('cpu'), bench.Transformer(c).train()
-    layer, calls = model.model.layers[0], 1
+    (first, layer), calls = model.model.layers, 1
     model.gradient_checkpointing = again
     parts = bench.Parts(model, cpu)
     modules = {'o_proj': layer.self_attn.o_proj, 'gate': layer.mlp.gate, 'norm': model.model.norm,
-               'shared_experts': layer.mlp.shared_experts.up_proj}
+               'shared_experts': layer.mlp.shared_experts.up_proj, 'mlp': first.mlp.up_proj}
     if name in modules:
         inner = modules[name].forward
         slow = lambda x: (Sleep.apply(y[0]), *y[1:]) if isinstance(y := inner(x), tuple) else Sleep.apply(y)
@@ -100,7 +102,7 @@ def test_time_is_that_of_the_part_where_it_was_spent(monkeypatch, name, part, ag
         inner = own.grouped_linear
         monkeypatch.setattr(own, name, lambda *args: Sleep.apply(inner(*args)))
     step = bench.trainer(model, lambda x, y: model(x, y)[1], 64, t, cpu, torch.float32, bench.adamw(model, cpu),
-                         parts.stage)
+                         parts.mark)
     found = [parts.times(step) for _ in range(4)][1:]
     wanted = calls * (0.16 if again and name != 'norm' else 0.12)
     assert wanted < min(f[part] for f in found) < wanted + 0.04
