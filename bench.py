@@ -2,21 +2,25 @@
 
     python bench.py config/shakespeare.py                       # training and decoding of a model, on random tokens
     python bench.py config/shakespeare.py --vs=transformers     # the same weights there, with each kind of its experts
+    python bench.py config/shakespeare.py --vs=../nanoGPT       # a GPT of the same depth and width there
     python bench.py --corpus_mb=2000        # prepare.py on made-up text, the tokenizers' libraries, and nanoGPT's way
 
 Measures in turn, after a warm-up, and prints medians and ratios; run nothing else meanwhile.
 """
-import functools, json, math, os, re, shutil, statistics, subprocess, sys, tempfile, time
-from dataclasses import dataclass
+import contextlib, functools, importlib.util, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import config, prepare, train
-from model import Config, Transformer
+from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,86 +28,404 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Settings:
     """Settings of bench.py"""
-    vs: Literal['', 'transformers'] = ''  # also measure the same weights there
+    vs: str = ''                    # also measure there: transformers, or the path of nanoGPT
     rounds: int = 5                 # of each measurement
-    new_tokens: int = 64            # that are decoded, at batch 1
-    context: int = 64               # tokens before them
+    new_tokens: int = 32            # that are decoded
+    contexts: str = '64,512,2048'   # numbers of tokens before them, at most what the model can have
+    batch_sizes: str = '1,8'        # numbers of sequences that are decoded together
+    json: bool = False              # print one JSON object in the place of tables
     corpus_mb: int = 0              # not a model, but prepare.py, on so many megabytes of text
     tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
     work_dir: str = ''              # where text and token files go; if empty a temporary folder, removed afterwards
 
-# -------------------------------------------------------------------------------------------------------------- model
+    def __post_init__(self):
+        if self.vs not in ('', 'transformers') and not Path(self.vs, 'model.py').is_file():
+            raise ValueError(f'vs={self.vs}: neither transformers nor a folder with nanoGPT\'s model.py')
+        for name, least in (('rounds', 1), ('new_tokens', 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least {least}')
+        for name in ('contexts', 'batch_sizes'):
+            if not re.fullmatch(r'[1-9]\d*(,[1-9]\d*)*', getattr(self, name)):
+                raise ValueError(f'{name}={getattr(self, name)}: wanted numbers such as 1,8')
 
-def trainer(model, loss_of, t, device, dtype):
-    """-> a function that takes an optimizer step on random tokens, and waits until it is done"""
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type in ('cpu', 'cuda'))
-    vocab_size = model.config.vocab_size
+    def numbers(self, name):
+        return [int(n) for n in getattr(self, name).split(',')]
 
-    def step():
-        tokens = torch.randint(0, vocab_size, (t.batch_size, t.block_size + 1), device=device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-    return step
+# ----------------------------------------------------------------------------------------------------- machine, clock
 
-def contenders(s, model, t, device, dtype, folder):
-    """{name: (training step, decoding)}: ours, and those of transformers, which start from the weights in folder"""
-    prompt = torch.randint(0, model.config.vocab_size, (1, s.context), device=device)
-    forward, _ = train.compiled(model, model, t, device, lambda: torch.autocast(device.type, dtype,
-                                                                                enabled=dtype != torch.float32))
-    step = trainer(model, lambda x, y: forward(x, y)[1], t, device, dtype)
-    own = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval()
-    found = {'nanoseek': (step, lambda: own.generate(prompt, s.new_tokens))}
-    if s.vs:
-        from transformers import AutoModelForCausalLM, logging
-        logging.disable_progress_bar()
-        load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
-        for kind in ('eager', 'batched_mm', 'grouped_mm') if model.moe_layers else ('eager',):
-            options = {'experts_implementation': kind} if model.moe_layers else {}
-            other = load(dtype=torch.float32, **options).to(device).train()
-            fast = load(dtype=dtype, **options).to(device).eval()
-            loss_of = lambda x, y, other=other: F.cross_entropy(other(x).logits.float().flatten(0, 1), y.flatten())
-            decode = functools.partial(fast.generate, prompt, do_sample=False, eos_token_id=None,
-                                       attention_mask=torch.ones_like(prompt), max_new_tokens=s.new_tokens)
-            step = trainer(other, loss_of, t, device, dtype) if kind != 'batched_mm' else None  # it is slow
-            found[f'transformers, {kind}'] = step, decode
-    return found
+def machine(device, dtype):
+    """What was measured on, and its ceilings: FLOP/s of a large matmul, bytes/s of a large copy"""
+    cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if sys.platform == 'linux' else None
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu[1] if cpu else platform.processor()
+    return {'device': device.type, 'name': name, 'cores': os.cpu_count(), 'torch': torch.__version__,
+            'dtype': str(dtype)[6:], 'matmul_flops': train.matmul_rate(device, dtype), 'copy_bytes': copy_rate(device)}
+
+def copy_rate(device):
+    """Bytes/s of a large copy, each byte counted twice, as it is read and written"""
+    a = torch.zeros(2**30 if device.type == 'cuda' else 2**28, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a).copy_(a)
+    return 2 * len(a) / min(seconds(lambda: (b.copy_(a), b[0].item()))[0] for _ in range(5))
+
+def seconds(job):
+    began = time.perf_counter()
+    job()
+    return [time.perf_counter() - began]
 
 def medians(jobs, rounds):
-    """{name: function} -> {name: median of the seconds it takes}, measured in turn"""
-    times = {name: [] for name in jobs}
+    """{name: function -> list of seconds} -> {name: their medians}, measured in turn"""
+    found = {name: [] for name in jobs}
     for i in range(rounds + 2):
         for name, job in jobs.items():
-            began = time.perf_counter()
-            job()
-            times[name] += [time.perf_counter() - began] * (i > 1)      # two for warming up
-    return {name: statistics.median(found) for name, found in times.items()}
+            times = job()
+            found[name] += [times] if i > 1 else []         # two for warming up
+    return {name: [statistics.median(column) for column in zip(*rows)] for name, rows in found.items()}
 
-def bench_model(s, t, given, folder):
+# ----------------------------------------------------------------------------------------------------------- training
+
+ATTEND, EXPERTS, ROUTER, DENSE = 'attention', 'experts', 'router and dispatch', 'dense and shared MLP'
+REST, HEAD, OPTIMIZER, DATA = 'embedding, norms and rest', 'head and loss', 'optimizer', 'data'
+ORDER = ATTEND, EXPERTS, ROUTER, DENSE, REST, HEAD, OPTIMIZER, DATA
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+def adamw(model, device):
+    return torch.optim.AdamW(model.parameters(), 1e-5, fused=device.type in ('cpu', 'cuda'))
+
+def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda part: None, fetch=lambda: None):
+    """-> a function that takes an optimizer step on random tokens, and waits until it is done"""
+    def step():
+        mark(DATA)
+        fetch()
+        mark(REST)
+        tokens = torch.randint(0, vocab_size, (t.batch_size, t.block_size + 1), device=device)
+        with autocast(device, dtype):
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:])
+        mark(HEAD)
+        loss.backward()
+        mark(OPTIMIZER)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        mark(None)
+        loss.item()
+    return step
+
+def own_loss(model, t, device, dtype):
+    model.gradient_checkpointing, model.doc_attention_mask = t.gradient_checkpointing, t.doc_attention_mask
+    forward, _ = train.compiled(model, model, t, device, lambda: autocast(device, dtype))
+    return lambda x, y: forward(x, y)[1]
+
+def dense(c):
+    """The Config without experts and with the same FLOPs in the MLPs of all layers together"""
+    active = c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
+    layers = c.num_hidden_layers + c.num_nextn_predict_layers
+    leading = min(c.first_k_dense_replace, layers)
+    width = (leading * c.intermediate_size + (layers - leading) * active) / layers
+    return replace(c, n_routed_experts=0, first_k_dense_replace=0, intermediate_size=round(width))
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+KINDS = {**dict.fromkeys(ATTENTION.values(), ATTEND), MLP: DENSE, nn.RMSNorm: REST, nn.Embedding: REST,
+         **dict.fromkeys((MoE, Router, Experts), ROUTER)}
+
+class Parts:
+    """Where the time of a training step goes: a mark begins a part, which lasts until the next mark. Forward, modules
+    set one when they begin and when they end; backward, their outputs set one when the gradient arrives there, as
+    autograd goes back in the opposite order. Within Experts, time is that of the experts from the first permutation
+    on, and of the dispatch in permutations and before. On a GPU a mark is an event, nothing waits for it."""
+    def __init__(self, model, device):
+        self.model, self.device, self.marks = model, device, []
+
+    def watch(self):
+        """-> handles of hooks on the modules that begin a part"""
+        part, hooks = {'': REST}, []
+        for name, m in self.model.named_modules():
+            outer = part[name.rpartition('.')[0]]
+            part[name] = own = outer if outer == ATTEND else KINDS.get(type(m), outer)  # with its norms
+            if type(m) in KINDS:
+                hooks += [m.register_forward_pre_hook(lambda m, x, own=own: self.mark(own)),
+                          m.register_forward_hook(lambda m, x, y, own=own, outer=outer: self.leave(y, own, outer))]
+        return hooks
+
+    def mark(self, part):
+        now = time.perf_counter()
+        if self.device.type == 'cuda':
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.append((part, now))
+
+    def leave(self, out, part, after):
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                t.register_hook(lambda grad: self.mark(part))
+        self.mark(after)
+
+    def marked(self, f, part, after):
+        def call(*args):
+            self.mark(part)
+            self.leave(out := f(*args), part, after)
+            return out
+        return call
+
+    def times(self, step):
+        """-> {part: seconds} of a step"""
+        self.marks, own, hooks = [], sys.modules[Transformer.__module__], self.watch()
+        with patch.object(own, 'cross_entropy', self.marked(own.cross_entropy, HEAD, REST)), \
+                patch.object(own, 'Permute', SimpleNamespace(apply=self.marked(own.Permute.apply, ROUTER, EXPERTS))), \
+                patch.object(own, 'grouped_linear', self.marked(own.grouped_linear, EXPERTS, EXPERTS)):
+            step()
+        for hook in hooks:
+            hook.remove()
+        found = {}
+        for (part, began), (_, ended) in zip(self.marks, self.marks[1:]):
+            spent = began.elapsed_time(ended) / 1e3 if self.device.type == 'cuda' else ended - began
+            found[part] = found.get(part, 0.0) + spent
+        return found
+
+def parts_of_step(s, t, model, device, dtype):
+    """-> {part: seconds} of a step by the config's optimizer, without torch.compile; seconds of such a step without
+    marks; where data are from: a batch is fetched where the dataset is prepared, trained is on random tokens"""
+    fetch, source = lambda: None, 'random tokens'
+    with contextlib.suppress(prepare.NoDataset):
+        data, number = prepare.open_data(t.dataset), iter(range(0, 2**62, t.batch_size))
+        rows = lambda: range(n := next(number), n + t.batch_size)
+        fetch = lambda: train.to_device(data.batch('train', rows(), t.block_size, t.seed), device)
+        source = t.dataset if isinstance(t.dataset, str) else ' + '.join(t.dataset)
+    parts, optimizer = Parts(model, device), train.make_optimizer(t, model, dtype, train.OneDevice())
+    own_step = functools.partial(trainer, model, lambda x, y: model(x, y)[1], model.config.vocab_size, t, device, dtype,
+                                 optimizer, fetch=fetch)
+    step = own_step(mark=parts.mark)
+    names = [part for part in ORDER if part in parts.times(step)]
+    job = lambda: [found[name] for found in [parts.times(step)] for name in names]
+    times = medians({'parts': job, 'step': functools.partial(seconds, own_step())}, s.rounds)
+    return dict(zip(names, times['parts'])), times['step'][0], source
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+def step_memory(t, c):
+    """Prints the bytes that three training steps need at most, without Python and torch: what a tiny model's need"""
     device, dtype = train.pick_device(t)
-    model = Transformer(Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}}))
+    tiny = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, n_routed_experts=4, num_experts_per_tok=2)
+    for config, settings in ((tiny, replace(t, batch_size=2, block_size=64)), (c, t)):
+        before = 0 if device.type == 'cuda' or config is tiny else peak_bytes(device)
+        model = Transformer(config).to(device).train()
+        loss, optimizer = (lambda x, y: model(x, y)[1]), train.make_optimizer(t, model, dtype, train.OneDevice())
+        model.gradient_checkpointing = t.gradient_checkpointing
+        step = trainer(model, loss, config.vocab_size, settings, device, dtype, optimizer)
+        for _ in range(3):
+            step()
+    print(peak_bytes(device) - before)
+
+def peak_bytes(device):
+    file = Path('/proc/self/status')        # ru_maxrss begins with that of the process that started this one
+    if device.type == 'cuda' or not file.exists():
+        return int(train.peak_memory(device) * 2**20)
+    return int(re.search(r'VmHWM:\s*(\d+)', file.read_text())[1]) * 1024
+
+def measured_memory(t, c):
+    """-> step_memory's bytes, from a process of its own"""
+    code = 'import bench, json, sys; bench.step_memory(*bench.from_json(sys.argv[1]))'
+    done = subprocess.run([sys.executable, '-c', code, json.dumps([asdict(t), asdict(c)])], cwd=HERE, text=True,
+                          capture_output=True)
+    return int(done.stdout) if done.returncode == 0 else None
+
+def from_json(text):
+    t, c = json.loads(text)
+    return train.Settings(**t), Config(**c)
+
+def cache_rows(c, dtype):
+    """Bytes that decoding keeps for each further token, from the shapes of the attentions' own caches: the model's, and
+    the same with a GQA of its key/value heads (for as many as heads: of groups of up to four) and with MHA"""
+    H, width = c.num_attention_heads, c.v_head_dim if c.attention == 'mla' else c.head_dim
+    groups = min(g for g in range(1, H + 1) if H % g == 0 and H <= 4 * g)
+    groups = c.num_key_value_heads if c.num_key_value_heads < H else groups
+    gqa = lambda g: replace(c, attention='gqa', num_key_value_heads=g, head_dim=width)
+    rows = []
+    for name, other in ((c.attention, c), (f'gqa, {groups} key/value heads', gqa(groups)), ('mha', gqa(H))):
+        numbers = [sum(map(torch.Size.numel, map(torch.Size, ATTENTION[other.attention].cache_shapes(other, n))))
+                   for n in (1024, 2048)]
+        layer = (numbers[1] - numbers[0]) // 1024 * dtype.itemsize
+        rows.append({'attention': name, 'bytes_per_token_and_layer': layer,
+                     'bytes_per_token': layer * c.num_hidden_layers})
+    return rows
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+def weights_read(model):
+    """Bytes of the weights that decoding a token at batch 1 reads"""
+    c, mtp = model.config, tuple(n for n, m in model.named_modules() if isinstance(m, MTP))
+    return sum(p.numel() * p.element_size() * (c.num_experts_per_tok / c.n_routed_experts if '.experts.' in n else 1)
+               for n, p in model.named_parameters()
+               if not (mtp and n.startswith(mtp)) and (model.lm_head is None or 'embed_tokens' not in n))
+
+class Times:
+    """When tokens came: what transformers wants as a streamer. The prompt comes first"""
+    def __init__(self):
+        self.at = []
+    def put(self, tokens):
+        self.at.append(time.perf_counter())
+    def end(self):
+        pass
+
+def decoder(stream):
+    """stream: (prompt (B, T), n) -> n tokens (B, 1), one by one. -> a job: seconds to the first and of one more"""
+    def job(prompt, n):
+        times = [time.perf_counter()]
+        for token in stream(prompt, n):
+            token.tolist()          # waits for the GPU
+            times.append(time.perf_counter())
+        return [times[1] - times[0], (times[-1] - times[1]) / (n - 1)]
+    return job
+
+def generated(model):
+    """decoder's job for a model of transformers"""
+    def job(prompt, n):
+        began, times = time.perf_counter(), Times()
+        model.generate(prompt, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(prompt),
+                       max_new_tokens=n, streamer=times)
+        return [times.at[1] - began, (times.at[-1] - times.at[1]) / (n - 1)]
+    return job
+
+# -------------------------------------------------------------------------------------------------- ours and the others
+
+def transformers_contenders(model, t, device, dtype, folder):
+    """{name: (training step, decoding, parameters, FLOPs per token)} of transformers with the weights in folder"""
+    from transformers import AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
+    total, flops = model.parameter_table()['total'], train.flops_per_token(model, t.block_size)
+    for kind in ('eager', 'batched_mm', 'grouped_mm') if model.moe_layers else ('eager',):
+        options, step = {'experts_implementation': kind} if model.moe_layers else {}, None
+        if kind != 'batched_mm':    # training with it is slow
+            other = load(dtype=torch.float32, **options).to(device).train()
+            loss_of = lambda x, y, other=other: F.cross_entropy(other(x).logits.float().flatten(0, 1), y.flatten())
+            step = trainer(other, loss_of, model.config.vocab_size, t, device, dtype, adamw(other, device))
+        yield f'transformers, {kind}', step, generated(load(dtype=dtype, **options).to(device).eval()), total, flops
+
+def nanogpt_contender(path, longest, c, t, device, dtype):
+    """nanoGPT's GPT of the same depth, width, heads and vocabulary, with its own optimizer"""
+    if c.hidden_size % c.num_attention_heads:
+        raise ValueError(f'vs={path}: num_attention_heads={c.num_attention_heads} must divide hidden_size there')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', Path(path, 'model.py'))
+    theirs = sys.modules['nanogpt_model'] = importlib.util.module_from_spec(spec)
+    with contextlib.redirect_stdout(sys.stderr):        # it prints
+        spec.loader.exec_module(theirs)
+        build = lambda: theirs.GPT(theirs.GPTConfig(max(t.block_size, longest), c.vocab_size, c.num_hidden_layers,
+                                                    c.num_attention_heads, c.hidden_size, bias=False)).to(device)
+        model, fast = build().train(), build().to(dtype).eval()
+        optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), device.type)
+    forward = torch.compile(model) if t.compile is True or t.compile == 'auto' and device.type == 'cuda' else model
+    step = trainer(model, lambda x, y: forward(x, y.contiguous())[1], c.vocab_size, t, device, dtype, optimizer)
+
+    def stream(idx, n):             # it has no cache, so that one call for n tokens is n calls for one
+        for _ in range(n):
+            idx = fast.generate(idx, 1)
+            yield idx[:, -1:]
+    flops = 6 * model.get_num_params() + 12 * c.num_hidden_layers * c.hidden_size * t.block_size
+    return 'nanoGPT', step, decoder(stream), sum(p.numel() for p in model.parameters()), flops
+
+def contenders(s, t, model, longest, device, dtype, folder):
+    """Yields name, training step, decoding, parameters, FLOPs per token: ours with AdamW; with the config's optimizer,
+    if that is another; ours without experts but with the same active FLOPs; the others"""
+    c = model.config
+    own, loss_of = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval(), own_loss(model, t, device, dtype)
+    train_on = functools.partial(trainer, vocab_size=c.vocab_size, t=t, device=device, dtype=dtype)
+    count = lambda m: (m.parameter_table()['total'], train.flops_per_token(m, t.block_size))
+    yield 'nanoseek', train_on(model, loss_of, optimizer=adamw(model, device)), decoder(own.stream), *count(model)
+    if t.optimizer != 'adamw':
+        optimizer = train.make_optimizer(t, model, dtype, train.OneDevice())
+        yield f'nanoseek, {t.optimizer}', train_on(model, loss_of, optimizer=optimizer), None, *count(model)
+    if model.moe_layers:
+        other = Transformer(dense(c)).to(device).train()
+        step = train_on(other, own_loss(other, t, device, dtype), optimizer=adamw(other, device))
+        yield 'nanoseek, dense, same active FLOPs', step, None, *count(other)
+    if s.vs == 'transformers':
+        yield from transformers_contenders(model, t, device, dtype, folder)
+    elif s.vs:
+        yield nanogpt_contender(s.vs, longest, c, t, device, dtype)
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+def measure(s, t, given, folder):
+    """-> all that is measured of a model, as JSON has it"""
+    device, dtype = train.pick_device(t)
+    c = Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}})
+    found = {'machine': machine(device, dtype), 'settings': {**asdict(s), **asdict(t), **asdict(c)},
+             'model': train.architecture(c)}
+    estimate, measured = sum(train.memory_estimate(t, c, dtype)), measured_memory(t, c)
+    found['memory'] = {'estimate_bytes': estimate, 'measured_bytes': measured,
+                       'ratio': estimate / measured if measured else None}
+    found['cache'] = cache_rows(c, dtype)
+    torch.manual_seed(t.seed)
+    model = Transformer(c)
     model.save_pretrained(folder)
     if t.fp8:
         train.check_fp8(t.fp8, device, dtype)
         train.to_fp8(model, t.fp8)
     model.to(device).train()
-    estimate, rate = sum(train.memory_estimate(t, model.config, dtype)), train.matmul_rate(device, dtype)
-    print(f'{device.type} {str(dtype)[6:]}, {t.batch_size} x {t.block_size} tokens; a matmul reaches {rate / 1e12:.2f} '
-          f'TFLOP/s here\n{train.architecture(model.config)}')
-    tokens, flops = t.batch_size * t.block_size, train.flops_per_token(model, t.block_size)
-    jobs = contenders(s, model, t, device, dtype, folder)
-    steps, decodes = (medians({name: found[i] for name, found in jobs.items() if found[i]}, s.rounds) for i in (0, 1))
-    rows = [(name, steps.get(name, math.inf), decodes[name]) for name in jobs]
-    print(f'{"":28}{"ms a step":>12}{"tokens/s":>12}{"MFU":>6}{"ours is":>9}{"decoded/s":>12}{"ours is":>9}')
-    for name, step, decode in rows:
-        trained = (f'{step * 1e3:12.1f}{tokens / step:12,.0f}{tokens * flops / step / rate:6.0%}'
-                   f'{step / rows[0][1]:8.2f}x') if step < math.inf else f'{"-":>12}{"-":>12}{"-":>6}{"-":>9}'
-        print(f'{name:28}{trained}{s.new_tokens / decode:12.1f}{decode / rows[0][2]:8.2f}x')
-    print(f'memory: {estimate / 2**20:,.0f} MB by the estimate, without Python and torch')
+    contexts = sorted({min(n, c.max_position_embeddings - s.new_tokens) for n in s.numbers('contexts')})
+    if contexts[0] < 1:
+        raise ValueError(f'new_tokens={s.new_tokens}: must be below max_position_embeddings='
+                         f'{c.max_position_embeddings}')
+    jobs = list(contenders(s, t, model, contexts[-1] + s.new_tokens, device, dtype, folder))
+    tokens, peak = t.batch_size * t.block_size, found['machine']['matmul_flops']
+    steps = medians({name: functools.partial(seconds, step) for name, step, *_ in jobs if step}, s.rounds)
+    found['training'] = [{'name': name, 'ms': 1e3 * steps[name][0], 'tokens_per_s': tokens / steps[name][0],
+                          'mfu': tokens * flops / steps[name][0] / peak, 'parameters': total, 'flops_per_token': flops,
+                          'ratio': steps[name][0] / steps['nanoseek'][0]}
+                         for name, _, _, total, flops in jobs if name in steps]
+    found['decoding'], read = [], weights_read(model) / 4 * dtype.itemsize
+    for context in contexts:
+        for batch in s.numbers('batch_sizes'):
+            prompt = torch.randint(0, c.vocab_size, (batch, context), device=device)
+            times = medians({name: functools.partial(decode, prompt, s.new_tokens)
+                             for name, _, decode, *_ in jobs if decode}, s.rounds)
+            for name, (first, each) in times.items():
+                of_copy = read / each / found['machine']['copy_bytes'] if (name, batch) == ('nanoseek', 1) else None
+                found['decoding'].append({'name': name, 'context': context, 'batch': batch, 'first_ms': 1e3 * first,
+                                          'ms_per_token': 1e3 * each, 'tokens_per_s': batch / each,
+                                          'ratio': each / times['nanoseek'][1], 'of_copy': of_copy})
+    parts, step, source = parts_of_step(s, t, model, device, dtype)
+    found |= {'parts': [{'part': name, 'ms': 1e3 * spent} for name, spent in parts.items()],
+              'step_of_parts_ms': 1e3 * step, 'data': source}
+    return found
+
+def show(found, optimizer):
+    """found -> tables on stdout"""
+    m, t = found['machine'], found['settings']
+    print(f'{m["name"]}, {m["cores"]} cores, {m["device"]} {m["dtype"]}, torch {m["torch"]}: a matmul reaches '
+          f'{m["matmul_flops"] / 1e12:.2f} TFLOP/s, a copy {m["copy_bytes"] / 1e9:.1f} GB/s read and written\n'
+          f'{found["model"]}\n\ntraining, {t["batch_size"]} x {t["block_size"]} random tokens, AdamW unless it says '
+          f'otherwise\n{"":36}{"ms a step":>10}{"tokens/s":>11}{"MFU":>6}{"parameters":>14}{"MFLOP/token":>13}'
+          f'{"time":>9}')
+    for r in found['training']:
+        print(f'{r["name"]:36}{r["ms"]:10.1f}{r["tokens_per_s"]:11,.0f}{r["mfu"]:6.0%}{r["parameters"]:14,}'
+              f'{r["flops_per_token"] / 1e6:13.1f}{r["ratio"]:8.2f}x')
+    total, data = sum(r['ms'] for r in found['parts']), found['data']
+    print(f'\n{f"a step by part ({optimizer}; data: {data})":60}{"ms":>10}{"share":>7}')
+    rows = ({'part': 'together', 'ms': total}, {'part': 'such a step without marks', 'ms': found['step_of_parts_ms']})
+    for r in (*found['parts'], *rows):
+        print(f'{r["part"]:60}{r["ms"]:10.2f}{r["ms"] / total:7.0%}')
+    memory = found['memory']
+    known = f'{memory["measured_bytes"] / 2**20:,.0f} MB, {memory["ratio"]:.2f}' if memory['ratio'] else 'unknown'
+    print(f'\nmemory of a step without Python and torch: estimated {memory["estimate_bytes"] / 2**20:,.0f} MB, '
+          f'measured {known}\n\n{"cache":36}{"bytes per token and layer":>27}{"in all layers":>15}')
+    for r in found['cache']:
+        print(f'{r["attention"]:36}{r["bytes_per_token_and_layer"]:27,}{r["bytes_per_token"]:15,}')
+    print(f'\n{"decoding":28}{"context":>8}{"batch":>6}{"first ms":>10}{"ms a token":>11}{"tokens/s":>10}{"time":>9}'
+          f'{"weights read, of a copy":>25}')
+    for r in found['decoding']:
+        of_copy = f'{r["of_copy"]:25.0%}' if r['of_copy'] else ''
+        print(f'{r["name"]:28}{r["context"]:8}{r["batch"]:6}{r["first_ms"]:10.1f}{r["ms_per_token"]:11.2f}'
+              f'{r["tokens_per_s"]:10.1f}{r["ratio"]:8.2f}x{of_copy}')
+    if t['vs']:
+        best = min((r for r in found['training'] if not r['name'].startswith('nanoseek')), key=lambda r: r['ms'])
+        print(f'\na training step of {best["name"]}, the best there, takes {best["ratio"]:.2f} times as long as ours')
+
+def bench_model(s, t, given, folder):
+    found = measure(s, t, given, folder)
+    print(json.dumps(found)) if s.json else show(found, t.optimizer)
 
 # ------------------------------------------------------------------------------------------------------------- corpus
 

@@ -38,16 +38,16 @@ def data(tmp_path_factory):
 
 
 @functools.cache
-def estimated(rows, tokens, checkpointed, model, dtype):
-    return ESTIMATE(SimpleNamespace(batch_size=rows, block_size=tokens, gradient_checkpointing=checkpointed),
-                    Config(**json.loads(model)), dtype)
+def estimated(settings, model, dtype):
+    return ESTIMATE(train.Settings(**json.loads(settings)), Config(**json.loads(model)), dtype)
 
 
 ESTIMATE = train.memory_estimate        # the same for all runs of a model, and the longest part of a start
 
 
 def remembered(s, c, dtype):
-    return estimated(s.batch_size, s.block_size, s.gradient_checkpointing, json.dumps(asdict(c)), dtype)
+    names = 'batch_size', 'block_size', 'gradient_checkpointing', 'doc_attention_mask', 'optimizer', 'device'
+    return estimated(json.dumps({name: getattr(s, name) for name in names}), json.dumps(asdict(c)), dtype)
 
 
 def call(folder, data, *args, base=DENSE):

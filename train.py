@@ -6,20 +6,26 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time, zlib
+import functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time
+import weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
+from unittest.mock import patch
 
 # Idle OpenMP threads spin for long by default: with one other busy process on the machine, a training step on the CPU
 # then takes ten times as long and more (see the README). Read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import config
@@ -282,6 +288,12 @@ class Muon(torch.optim.AdamW):
         step = p.grad.add(state['momentum_buffer'], alpha=self.momentum)
         return step * (p.grad != 0).any(-1, True).any(-2, True) if p.dim() > 2 else step    # an idle expert stays
 
+def make_optimizer(s, model, dtype, dist):
+    kind = torch.optim.AdamW if s.optimizer == 'adamw' else functools.partial(
+        Muon, dist=dist, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    return kind(parameter_groups(model, s), s.learning_rate, (s.beta1, s.beta2), s.eps,
+                fused=model.head.device.type in ('cpu', 'cuda'))
+
 def check_sizes(s, c, data):
     if data.vocab_size > c.vocab_size:
         raise ValueError(f'the vocabulary of dataset={s.dataset} has {data.vocab_size:,} tokens, the model only '
@@ -406,29 +418,53 @@ class Silence:
     def __call__(self, *args, **kwargs):
         return self
 
-def memory_estimate(s, c, dtype):
-    """-> bytes for weights, gradients and AdamW's moments (float32); bytes for what a micro-step keeps for its backward
-    pass. Counted, not guessed: a forward pass on fake tensors, which have shapes and no storage."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    kept, B, T = {}, s.batch_size, s.block_size
-    even = {name: -(-getattr(c, name) // 8) * 8 for name in ('hidden_size', 'moe_intermediate_size')}
-    with FakeTensorMode():
-        count = sum(p.numel() for p in Transformer(c).parameters())
-        model = Transformer(replace(c, **even)).train()     # a grouped matmul of fake tensors wants such widths
-        model.gradient_checkpointing = s.gradient_checkpointing
-        own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+class Live(TorchDispatchMode):
+    """Within it, now and peak are the bytes of the tensors that exist, each storage counted once"""
+    def __init__(self, *tensors):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+        self.add(tensors)
 
-        def keep(t):
-            if (storage := t.untyped_storage())._cdata not in own:
-                kept[storage._cdata] = storage
-            return t
-        idx = torch.zeros(B, T, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast('cpu', torch.bfloat16):
-            model(idx, idx)
-        activations = sum(storage.nbytes() for storage in kept.values()) * (2 if dtype == torch.float32 else 1)
-        activations += len(model.model.layers) * B * T * c.hidden_size * 4 * s.gradient_checkpointing
-        logits = min(B * T, max(2**26 // c.vocab_size, 256)) * c.vocab_size * 8     # a chunk's, and their gradient
-        return 16 * count, activations + logits
+    def add(self, tensors):
+        for t in tree_leaves(tensors):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+                self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return tensors
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.add(func(*args, **(kwargs or {})))
+
+def memory_estimate(s, c, dtype):
+    """-> bytes for weights, gradients and the optimizer's state; bytes that a step needs beside them at most. Counted,
+    not guessed: a step on fake tensors, which have shapes and no storage. On a GPU the optimizer takes the place of the
+    activations; a CPU's heap is full of holes by then, so that both add up."""
+    add_up = pick_device(s)[0].type == 'cpu'
+    rows = lambda x, weight, ends: F.linear(x, weight[0])   # as many for every expert: a grouped matmul wants numbers
+    with FakeTensorMode(), patch('model.grouped_linear', rows), torch.random.fork_rng():
+        model = Transformer(c).train()
+        model.gradient_checkpointing = s.gradient_checkpointing
+        model.doc_attention_mask = s.doc_attention_mask and c.eos_token_id is not None
+        for p in model.parameters():        # those of the micro-step before
+            p.grad = torch.empty_like(p)
+        with Live(*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())) as live:
+            optimizer = make_optimizer(s, model, dtype, OneDevice())
+            optimizer.step()
+            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
+            states, update = live.now, live.peak - live.now
+            live.peak = live.now
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                loss = model(idx, idx)[1]
+            loss.backward()
+            activations = live.peak - states
+    return states, activations + update if add_up else max(activations, update)
 
 def memory_limit(device):
     """Bytes that this process may have on the device"""
@@ -477,8 +513,9 @@ def describe(s, c, estimate):
     yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
     yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
     yield (f'a training step: {flops_per_token(model, s.block_size) / 1e6:,.1f} MFLOP per token, about '
-           f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and AdamW, '
-           f'{activations / 2**20:,.0f} for {s.batch_size} x {s.block_size} tokens of activations')
+           f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and '
+           f'{ {"adamw": "AdamW", "muon": "Muon"}[s.optimizer]}, {activations / 2**20:,.0f} for activations of '
+           f'{s.batch_size} x {s.block_size} tokens and temporaries')
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -784,10 +821,7 @@ def start(run):
     forward = run.dist.wrap(model)
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    kind = torch.optim.AdamW if s.optimizer == 'adamw' else functools.partial(
-        Muon, dist=run.dist, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    run.optimizer = kind(parameter_groups(model, s), s.learning_rate, (s.beta1, s.beta2), s.eps,
-                         fused=device.type in ('cpu', 'cuda'))
+    run.optimizer = make_optimizer(s, model, dtype, run.dist)
     if found:
         load_trainer(run, found)
     if run.step >= s.max_steps:

@@ -112,7 +112,8 @@ def costs(s, c, dtype):
     states, activations = train.memory_estimate(s, c, dtype)
     with torch.device('meta'):
         model = Transformer(c)
-    P, size = states / 16, 4 if dtype == torch.float32 else 2      # parameters, bytes of one while it computes
+    P = sum(p.numel() for p in model.parameters())
+    size = 4 if dtype == torch.float32 else 2                       # bytes of a parameter while it computes
     block = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
     whole = 2 * block + model.head.numel() * (1 if c.tie_word_embeddings else 2)    # this block, the next, and the ends
     yield 'devices | micro-steps | ddp: memory, sent per step | fsdp: memory, sent per step (GB)'
