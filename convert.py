@@ -13,7 +13,7 @@ Dims are those of model.py. A pair that RoPE turns is written as a complex numbe
 with its frequency w; so keys and queries are complex rows, (d/2, D), and a score is Re sum_j conj(q_j) k_j exp(i w_j
 (s-t)). What maps a pair to a pair by a complex factor commutes with RoPE.
 """
-import json, math, os, shutil, sys, time
+import json, os, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 import config
-from model import Transformer, read_folder, rope_table
+from model import Transformer, read_folder
 from prepare import MODEL_FILES, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
 
 @dataclass
@@ -50,7 +50,7 @@ class Settings:
     n_shared_experts: int = 0           # experts that every token passes
     num_experts_per_tok: int = 2        # K
     moe_intermediate_size: int = 0      # I; 0: as wide as the MLP, the experts are copies; narrower: they are shards
-    perturb: float = 0.01               # noise on routers and routed experts, over their standard deviation: breaks ties
+    perturb: float = 0.01               # noise on routers and routed experts, in parts of their deviation: breaks ties
     calibration: str | None = None      # what it is fitted to: texts or dataset folders, with commas; their last tenth
                                         # (a dataset's val split) is held out, for the losses of the report
     held_out: str | None = None         # further texts or dataset folders for the losses only
@@ -101,7 +101,8 @@ def check(s, c):
              f'{each}, the routed shards of an MLP, and at most n_routed_experts={E}')):
         if not ok:
             raise ValueError(f'{name}={getattr(s, name)}: {limit}')
-    if Path(s.out_dir).exists() and (not Path(s.out_dir).is_dir() or Path(s.out_dir).resolve() == Path(s.model).resolve()):
+    out = Path(s.out_dir)
+    if out.exists() and (not out.is_dir() or out.resolve() == Path(s.model).resolve()):
         raise ValueError(f'out_dir={s.out_dir}: is a file, or the model itself')
 
 # ------------------------------------------------------------------------------------------------------------- texts
@@ -143,6 +144,12 @@ def texts(s, folder):
         held[Path(name).stem] = windows(read_tokens(name, folder)[1], s.eval_tokens, s.block_size, name)
     return torch.cat(fit) if fit else None, held
 
+def plan(s):
+    """Everything that a user's mistake can stop -> the model's folder, and texts(s)"""
+    folder = hub_folder(s.model, MODEL_FILES)
+    check(s, read_folder(folder)[0])
+    return folder, *texts(s, folder)
+
 # ------------------------------------------------------------------------------------------------------ dense -> MoE
 def like(model, c):
     """-> a model of Config c, with the weights that have the same name and shape in model"""
@@ -154,9 +161,9 @@ def like(model, c):
     return new
 
 def to_moe(model, s):
-    """Copies [3]: a token's experts are all the MLP itself, at weights that sum to 1. Shards: an MLP's output is the sum of
-    its shards'; rows of the router are the same for the routed shards of a replica, so that a token takes all of them
-    or none, each at 1/each of the replica's weight, which routed_scaling_factor makes up for. Exact, both"""
+    """Exact. Copies [3]: a token's experts are all the MLP itself, at weights that sum to 1. Shards: an MLP's output is
+    the sum of its shards'; the router's rows are the same for the routed shards of a replica, so that a token takes all
+    of them or none, each at 1/each of the replica's weight, which routed_scaling_factor makes up for"""
     c, S = model.config, s.n_shared_experts
     I = s.moe_intermediate_size or c.intermediate_size
     shards = c.intermediate_size // I
@@ -237,9 +244,9 @@ def root(S, least=1e-9):
     return (U * e) @ U.mH, (U / e) @ U.mH
 
 def rope_part(q, k, S, s, each):
-    """q (H, d/2, D), k (G, d/2, D), S (D, D) of the inputs -> the shared key (dr/2, D), its queries (H, dr/2, D), and the
-    keys without it (G, d/2, D), as far as position can be left out. Within one frequency the G heads' pairs are a
-    vector in C^G; one direction of it is kept, the best one where queries are large (pca: [2] 4.2, in complex numbers)"""
+    """q (H, d/2, D), k (G, d/2, D), S (D, D) of the inputs -> the shared key (dr/2, D), its queries (H, dr/2, D), and
+    what is left of the keys (G, d/2, D). Within one frequency the G heads' pairs are a vector in C^G, of which one
+    direction is kept: the principal one where queries are large (as in [2], but in complex numbers), or one head"""
     G, half = k.shape[:2]
     size = torch.einsum('hjd,de,hje->hj', q, S, q.conj()).real.view(G, each, half).sum(1).sqrt() + 1e-9     # (G, d/2)
     key, query, rest = [], [], k.clone()
@@ -261,8 +268,8 @@ def compressed_layer(old, x, c, s):
     values by what o_proj makes of them"""
     H, G, d, D, R, dn = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, s.kv_lora_rank, \
         s.qk_nope_head_dim
-    each, x = H // G, x.double()
-    S, mean = x.T @ x / len(x), x.mean(0)                                                   # (D, D), (D,)
+    each = H // G
+    S, mean = (x.T @ x / len(x)).double(), x.double().mean(0)                               # (D, D), (D,)
     S += 1e-5 * S.trace() / D * torch.eye(D, dtype=S.dtype)
     q, k = (pairs(getattr(old, name).weight.double(), n) for name, n in (('q_proj', H), ('k_proj', G)))
     key, query, rest = rope_part(q, k, S.to(q.dtype), s, each)
@@ -281,16 +288,16 @@ def compressed_layer(old, x, c, s):
     scores = s.svd == 'scores'
     Y = torch.cat([root(m / d)[0] @ y for m, y in zip(by_q.view(G, each, d, d).sum(1) if scores else d * eye, k)]
                   + [root(m)[0] @ y for m, y in zip(by_o if scores else eye, v)])           # (2 G d, D)
-    Sh, Si = (torch.eye(D, dtype=S.dtype),) * 2 if s.svd == 'weights' else root(S)
     Y = Y - (Y @ mean)[:, None] * ones if s.anchor else Y
-    a = torch.linalg.svd(Y @ Sh, full_matrices=False)[2][:R - bool(s.anchor)] @ Si          # (R, D), latents are white
+    e, U = torch.linalg.eigh(Y @ (S if s.svd != 'weights' else torch.eye(D, dtype=S.dtype)) @ Y.T)  # the SVD's U, s^2
+    top = R - bool(s.anchor)
+    a = (U.T @ Y)[-top:] / e[-top:, None].clamp(min=e[-1] * 1e-12).sqrt()                   # (R, D), latents are white
     a = torch.cat((a, s.anchor * ones[None])) if s.anchor else a
-    a = a / (x @ a.T).pow(2).mean(1).sqrt().mean()
-    latent = F.rms_norm(x @ a.T, (len(a),), eps=1e-6)                                       # (N, R), as it will be
-    C = latent.T @ latent / len(x)
-    Ch, Ci = root(C)
-    fit = x.T @ latent / len(x) @ Ci @ Ci                                                   # (D, R): least squares
-    kv_b, q_nope = torch.zeros(H, dn + d, len(a), dtype=S.dtype), torch.zeros(H, dn, D, dtype=S.dtype)
+    a = a / (x @ a.T.float()).pow(2).mean(1).sqrt().mean()
+    latent = F.rms_norm(x @ a.T.float(), (R,), eps=1e-6)                                    # (N, R), as it will be
+    Ch, Ci = root((latent.T @ latent / len(x)).double())
+    fit = (x.T @ latent / len(x)).double() @ Ci @ Ci                                        # (D, R): least squares
+    kv_b, q_nope = torch.zeros(H, dn + d, R, dtype=S.dtype), torch.zeros(H, dn, D, dtype=S.dtype)
     for h in range(H):                                       # a head's scores, at rank dn
         qh, qi = root(by_q[h])
         U, sv, Vh = torch.linalg.svd(qh @ k[h // each] @ fit @ Ch, full_matrices=False)
@@ -300,7 +307,7 @@ def compressed_layer(old, x, c, s):
         kv_b[h, dn:] = v[h // each] @ fit
     q = torch.cat((q_nope, rows(query)), 1) * ((dn + s.qk_rope_head_dim) / d) ** 0.5
     return {'q_proj.weight': q.flatten(0, 1), 'kv_a_proj_with_mqa.weight': torch.cat((a, rows(key))),
-            'kv_a_layernorm.weight': torch.ones(len(a)), 'kv_b_proj.weight': kv_b.flatten(0, 1),
+            'kv_a_layernorm.weight': torch.ones(R), 'kv_b_proj.weight': kv_b.flatten(0, 1),
             'o_proj.weight': old.o_proj.weight}
 
 def compressed_mla(model, s, idx):
@@ -318,8 +325,8 @@ def compressed_mla(model, s, idx):
     return new
 
 def fit(model, new, s, idx):
-    """Layer by layer, a few steps of gradient descent on MLA, on the activations of the layers fitted before: the residual
-    stream behind the attention is to be the dense model's. So a layer also makes up for those before it"""
+    """Layer by layer, a few steps of gradient descent on MLA, on the activations of the layers fitted before: the
+    residual stream behind the attention is to be the dense model's. So a layer also makes up for those before it"""
     h = g = model.model.embed_tokens(idx)                    # the streams of the two models (B, T, D)
     ropes = [m.rope[:, :idx.shape[1]] for m in (model, new)]
     for i, (old, block) in enumerate(zip(model.model.layers, new.model.layers)):
@@ -329,8 +336,8 @@ def fit(model, new, s, idx):
         show(f'fitting layer {i + 1} of {len(new.model.layers)}')
 
 def fit_layer(mla, x, goal, size, rope, s):
-    """Trains mla so that of x (B, T, D) it makes goal (B, T, D); errors are relative to size (B, T), and no token counts
-    for more than 1: those where the streams have parted (a massive activation too many) would drown all others"""
+    """Trains mla so that of x (B, T, D) it makes goal (B, T, D); errors are relative to size (B, T), and no token
+    counts for more than 1: where the streams have parted (a massive activation too many) it would drown all others"""
     order = torch.Generator().manual_seed(s.seed)
     optimizer = torch.optim.AdamW(mla.parameters(), s.fit_lr, (0.9, 0.95), weight_decay=0, fused=True)
     for step in range(s.fit_steps):
@@ -398,7 +405,7 @@ class Report:
               f'{"" if moved is None else f"{moved:.2e}":>12} '
               + ' '.join(f'{loss:{max(12, len(name[:24]))}.4f}' for name, loss in row['loss'].items()), flush=True)
 
-METHODS = {'frequencies all over (stride d/dr)': {'rope_stride': 'all'}, 'one key head in turn': {'rope_heads': 'cycle'},
+METHODS = {'frequencies all over (stride d/dr)': {'rope_stride': 'all'}, 'key heads in turn': {'rope_heads': 'cycle'},
            'the key head of the largest norm': {'rope_heads': 'norm'}, 'SVD of keys and values': {'svd': 'activations'},
            'SVD of weights': {'svd': 'weights'}, 'no constant in the latent': {'anchor': 0.0}}
 
@@ -460,7 +467,5 @@ def main(s, source, idx, held):
 if __name__ == '__main__':
     with config.user_errors():
         settings = Settings(**config.load(Settings, positional='model out_dir', usage=__doc__)[0])
-        folder = hub_folder(settings.model, MODEL_FILES)
-        check(settings, read_folder(folder)[0])
-        found = texts(settings, folder)
-    main(settings, folder, *found)
+        planned = plan(settings)
+    main(settings, *planned)
