@@ -411,6 +411,7 @@ METHODS = {'frequencies all over (stride d/dr)': {'rope_stride': 'all'}, 'key he
 
 def compare(model, s, idx, report):
     """Rows of the report for other methods at the same cache, in closed form: each differs in one setting"""
+    report.add('- exact: no rank is lost, nothing saved', exact_mla(model, s), follows=False)
     for name, changes in METHODS.items():
         if changes.get('rope_stride') == 'all':
             changes = {'rope_stride': model.config.head_dim / s.qk_rope_head_dim}

@@ -271,8 +271,8 @@ def trained(folder, **given):
     """A run of train.py in this process, from folder/dense on folder/data -> the run"""
     import train
     s = train.Settings(**{'out_dir': str(folder / 'out'), 'dataset': str(folder / 'data'), 'batch_size': 4,
-                          'max_steps': 4, 'block_size': 32, 'device': 'cpu', 'dtype': 'float32', 'init_from': str(folder / 'dense'),
-                          'eval_steps': 1, 'warmup_steps': 0, 'weight_decay': 0.1, 'log_interval': 1, **given})
+                          'max_steps': 4, 'block_size': 32, 'device': 'cpu', 'dtype': 'float32',
+                          'init_from': str(folder / 'dense'), 'eval_steps': 1, 'warmup_steps': 0, 'weight_decay': 0.1, 'log_interval': 1, **given})
     with torch.enable_grad():
         run = train.setup(s, {}, train.OneDevice())
         train.start(run)

@@ -190,6 +190,9 @@ def build_model(s, given, found, data):
         return Transformer(config)
     if not found:
         check_tokenizer(s, folder, data)
+        theirs = read_folder(Path(folder))[0].rope_theta
+        if config.rope_theta != theirs:             # as no other one that fits, it makes the weights worthless
+            print(f'rope_theta={config.rope_theta:g}, but {folder} was trained with {theirs:g}', file=sys.stderr)
         return Transformer.from_pretrained(folder, **given)
     model = Transformer.from_pretrained(found)
     for name in given:
