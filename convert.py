@@ -102,8 +102,9 @@ def check(s, c):
         if not ok:
             raise ValueError(f'{name}={getattr(s, name)}: {limit}')
     out = Path(s.out_dir)
-    if out.exists() and (not out.is_dir() or out.resolve() == Path(s.model).resolve()):
-        raise ValueError(f'out_dir={s.out_dir}: is a file, or the model itself')
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) and not (out / 'convert.json').is_file()
+                         or out.resolve() == Path(s.model).resolve()):
+        raise ValueError(f'out_dir={s.out_dir}: there is something else already: take another')
 
 # ------------------------------------------------------------------------------------------------------------- texts
 def read_tokens(name, folder):

@@ -233,6 +233,16 @@ def test_mistakes_are_said(folder, args, said):
     assert not (folder / 'new').exists()
 
 
+def test_nothing_but_an_earlier_conversion_is_replaced(folder):
+    (folder / 'mine').mkdir()
+    (folder / 'mine/thesis.txt').write_text('all of it')
+    for out in ('mine', 'dense', 'text.txt'):
+        with pytest.raises(ValueError, match='something else already'):
+            run(folder / 'dense', folder / out, '--n_routed_experts=4')
+    for _ in range(2):
+        run(folder / 'dense', folder / 'new', '--n_routed_experts=4')
+
+
 def test_a_mistake_is_one_line_and_status_2(folder):
     result = subprocess.run([sys.executable, HERE / 'convert.py', folder / 'dense', folder / 'new', '--attention=mla'],
                             capture_output=True, text=True)
@@ -272,7 +282,8 @@ def trained(folder, **given):
     import train
     s = train.Settings(**{'out_dir': str(folder / 'out'), 'dataset': str(folder / 'data'), 'batch_size': 4,
                           'max_steps': 4, 'block_size': 32, 'device': 'cpu', 'dtype': 'float32',
-                          'init_from': str(folder / 'dense'), 'eval_steps': 1, 'warmup_steps': 0, 'weight_decay': 0.1, 'log_interval': 1, **given})
+                          'init_from': str(folder / 'dense'), 'eval_steps': 1, 'warmup_steps': 0,
+                          'weight_decay': 0.1, 'log_interval': 1, **given})
     with torch.enable_grad():
         run = train.setup(s, {}, train.OneDevice())
         train.start(run)
