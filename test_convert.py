@@ -276,6 +276,16 @@ def test_smollm2_becomes_experts_and_exact_mla(tmp_path):
     torch.testing.assert_close(in_transformers(tmp_path / 'exact', idx), want, atol=1e-4, rtol=0)
 
 
+def test_smollm2_survives_a_latent_of_128(tmp_path):
+    """In closed form, on few tokens: nowhere near random weights' 10.9 nats, and near what it was"""
+    stages = run(asset('smollm2'), tmp_path / 'mla', '--attention=mla', '--fit_steps=0', '--calibration_tokens=4096',
+                 '--eval_tokens=1024', f'--calibration={asset("tinyshakespeare.txt")}')
+    loss = {name: row['loss']['tinyshakespeare'] for name, row in stages.items()}
+    assert loss['random weights'] > 10 and loss['as it was'] < 4
+    assert loss['MLA, closed form'] < loss['as it was'] + 1.5
+    assert stages['MLA, closed form']['cache_bytes_per_token'] / stages['as it was']['cache_bytes_per_token'] < 0.42
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 def trained(folder, **given):
     """A run of train.py in this process, from folder/dense on folder/data -> the run"""

@@ -212,7 +212,7 @@ def build_teacher(s, model, data, dist):
     if V != model.config.vocab_size or most < s.block_size:
         raise ValueError(f'distill_from={s.distill_from}: it has vocab_size={V:,} and a context of {most:,} tokens, '
                          f'wanted are {model.config.vocab_size:,} and block_size={s.block_size:,}')
-    check_tokenizer(replace(s, init_from=s.distill_from), folder, data)
+    check_tokenizer(s, folder, data, 'distill_from')
     return teacher.requires_grad_(False).eval()
 
 def frozen(model, s, step):
@@ -310,17 +310,17 @@ def check_sizes(s, c, data):
         raise ValueError(f'doc_attention_mask=true: a text of dataset={s.dataset} ends with token {data.eot_id}, for '
                          f'the model with eos_token_id={c.eos_token_id}: set --eos_token_id={data.eot_id}')
 
-def check_tokenizer(s, folder, data):
+def check_tokenizer(s, folder, data, setting='init_from'):
     """A model knows its own tokens only: the same ids that mean something else would train, and badly"""
     if not (folder / 'tokenizer.json').is_file():
         return
-    theirs = load_tokenizer(folder)
+    theirs, name = load_tokenizer(folder), getattr(s, setting)
     for token, i in load_tokenizer(data.directory).get_vocab().items():
         if theirs.token_to_id(token) != i:
-            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, where '
+            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than {setting}={name}, where '
                              f'{token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
                              f'{" and ".join(d.meta["source"]["name"] for d, _ in data.sources.values())} '
-                             f'--tokenizer={s.init_from} --out_dir=data/NAME')
+                             f'--tokenizer={name} --out_dir=data/NAME')
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
