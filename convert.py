@@ -43,8 +43,9 @@ class Settings:
                                         # principal component, the pair that matters most, or one in turn
     svd: Literal['scores', 'activations', 'weights'] = 'scores'  # error of the latent measured in scores and outputs,
                                         # in keys and values, in weights
+    key_weight: float = 20.0            # svd=scores: weight of an error in scores over one in outputs
     anchor: float = 20.0                # scale of the latent's constant dimension, which holds its norm; 0: none
-    fit_steps: int = 60                 # steps per layer of fitting MLA's output to GQA's; 0: none
+    fit_steps: int = 120                # steps per layer of fitting MLA's output to GQA's; 0: none
     fit_lr: float = 1e-3                # their learning rate
     n_routed_experts: int = 0           # E; 0: the MLPs stay dense
     n_shared_experts: int = 0           # experts that every token passes
@@ -54,7 +55,7 @@ class Settings:
     calibration: str | None = None      # what it is fitted to: texts or dataset folders, with commas; their last tenth
                                         # (a dataset's val split) is held out, for the losses of the report
     held_out: str | None = None         # further texts or dataset folders for the losses only
-    calibration_tokens: int = 16384     # of them, in sequences of block_size
+    calibration_tokens: int = 32768     # of them, in sequences of block_size
     eval_tokens: int = 8192             # of each held-out text
     block_size: int = 256               # tokens per sequence
     batch_size: int = 4                 # sequences at a time
@@ -67,7 +68,7 @@ class Settings:
                                   'calibration_tokens eval_tokens block_size batch_size'),
                                  ('at least 0', lambda v: v >= 0, 'anchor fit_steps n_routed_experts n_shared_experts '
                                   'moe_intermediate_size perturb'),
-                                 ('above 0', lambda v: v > 0, 'rope_stride fit_lr')):
+                                 ('above 0', lambda v: v > 0, 'rope_stride key_weight fit_lr')):
             for name in names.split():
                 if not ok(getattr(self, name)):
                     raise ValueError(f'{name}={getattr(self, name)}: must be {limit}')
@@ -287,7 +288,8 @@ def compressed_layer(old, x, c, s):
     by_o = torch.einsum('dgei,dgej->gij', o, o)                                             # (G, d, d)
     eye = torch.eye(d, dtype=S.dtype).expand(G, d, d)
     scores = s.svd == 'scores'
-    Y = torch.cat([root(m / d)[0] @ y for m, y in zip(by_q.view(G, each, d, d).sum(1) if scores else d * eye, k)]
+    by_k = s.key_weight ** 2 / d * by_q.view(G, each, d, d).sum(1) if scores else eye
+    Y = torch.cat([root(m)[0] @ y for m, y in zip(by_k, k)]
                   + [root(m)[0] @ y for m, y in zip(by_o if scores else eye, v)])           # (2 G d, D)
     Y = Y - (Y @ mean)[:, None] * ones if s.anchor else Y
     e, U = torch.linalg.eigh(Y @ (S if s.svd != 'weights' else torch.eye(D, dtype=S.dtype)) @ Y.T)  # the SVD's U, s^2
@@ -408,7 +410,8 @@ class Report:
 
 METHODS = {'frequencies all over (stride d/dr)': {'rope_stride': 'all'}, 'key heads in turn': {'rope_heads': 'cycle'},
            'the key head of the largest norm': {'rope_heads': 'norm'}, 'SVD of keys and values': {'svd': 'activations'},
-           'SVD of weights': {'svd': 'weights'}, 'no constant in the latent': {'anchor': 0.0}}
+           'SVD of weights': {'svd': 'weights'}, 'keys weigh as values do': {'key_weight': 1.0},
+           'no constant in the latent': {'anchor': 0.0}}
 
 def compare(model, s, idx, report):
     """Rows of the report for other methods at the same cache, in closed form: each differs in one setting"""
