@@ -264,53 +264,55 @@ def rope_part(q, k, S, s, each):
         rest[:, j] -= back[:, None] * key[-1]
     return torch.stack(key), torch.stack(query, 1), rest
 
+def latent_part(k, v, o, by_q, S, s):
+    """Rows (top, D) of the latents that keys k and values v (G, d, D) are best made from: joint SVD [1], where keys are
+    measured by what they do to the scores of their queries, and values by what o_proj makes of them"""
+    G, d, D = k.shape
+    eye = torch.eye(d, dtype=S.dtype).expand(G, d, d)
+    by_k, by_o = s.key_weight ** 2 / d * by_q.view(G, -1, d, d).sum(1), torch.einsum('dgei,dgej->gij', o, o)
+    by_k, by_o = (by_k, by_o) if s.svd == 'scores' else (eye, eye)
+    Y = torch.cat([root(m)[0] @ y for m, y in zip((*by_k, *by_o), (*k, *v))])              # (2 G d, D)
+    e, U = torch.linalg.eigh(Y @ (torch.eye(D, dtype=S.dtype) if s.svd == 'weights' else S) @ Y.T)  # U, s^2 of the SVD
+    top = s.kv_lora_rank - bool(s.anchor)
+    return (U.T @ Y)[-top:] / e[-top:, None].clamp(min=e[-1] * 1e-12).sqrt()                # latents are white
+
+def head_part(q, k, v, by_q, x, latent, dn):
+    """Each head's queries and keys at rank dn, (H, dn, D) and (H, dn, R), and values (H, d, R), from latents (N, R)"""
+    (H, _, D), R, each = q.shape, latent.shape[1], len(q) // len(k)
+    Ch, Ci = root((latent.T @ latent / len(x)).double())
+    fit = (x.T @ latent / len(x)).double() @ Ci @ Ci                                        # (D, R): least squares
+    q_nope, k_nope = torch.zeros(H, dn, D, dtype=q.dtype), torch.zeros(H, dn, R, dtype=q.dtype)
+    for h in range(H):
+        qh, qi = root(by_q[h])
+        U, e, Vh = torch.linalg.svd(qh @ k[h // each] @ fit @ Ch, full_matrices=False)
+        r, scale = min(dn, len(e)), e[:dn, None].sqrt()
+        q_nope[h, :r], k_nope[h, :r] = scale * U[:, :r].T @ qi @ q[h], scale * Vh[:r] @ Ci
+    return q_nope, k_nope, (v @ fit).repeat_interleave(each, 0)
+
 def compressed_layer(old, x, c, s):
-    """A layer's GQA, its inputs x (N, D) on calibration text -> MLA's weights, with errors least on average over x:
-    joint SVD of the keys' rest and the values [1], keys measured by what they do to the scores of their queries and
-    values by what o_proj makes of them"""
-    H, G, d, D, R, dn = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, s.kv_lora_rank, \
-        s.qk_nope_head_dim
-    each = H // G
+    """A layer's GQA, its inputs x (N, D) on calibration text -> MLA's weights, with errors least on average over x"""
+    H, G, d, D, dn = c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size, s.qk_nope_head_dim
     S, mean = (x.T @ x / len(x)).double(), x.double().mean(0)                               # (D, D), (D,)
     S += 1e-5 * S.trace() / D * torch.eye(D, dtype=S.dtype)
     q, k = (pairs(getattr(old, name).weight.double(), n) for name, n in (('q_proj', H), ('k_proj', G)))
-    key, query, rest = rope_part(q, k, S.to(q.dtype), s, each)
+    key, query, rest = rope_part(q, k, S.to(q.dtype), s, H // G)
     # A pair without position: the turn is replaced by its mean over the last 64 tokens. Slow pairs hardly change
     w = c.rope_theta ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))             # (d/2,)
     rest = rest * torch.exp(-1j * w[:, None] * torch.arange(64)).mean(1)[:, None]
-    q, k = rows(q), rows(rest)                                                              # (H, d, D), (G, d, D)
-    v, o = old.v_proj.weight.double().view(G, d, D), old.o_proj.weight.double().view(D, G, each, d)
+    q, k, v = rows(q), rows(rest), old.v_proj.weight.double().view(G, d, D)                 # (H, d, D), (G, d, D)
+    by_q = torch.einsum('hid,de,hje->hij', q, S, q)                                         # (H, d, d)
     # x @ ones is 1 within a few percent, as RMSNorm's output has a large mean: the norm of the latent is held by it,
     # values have a bias from it, and keys, of which the softmax sees differences only, do not need it
     ones = torch.linalg.solve(S, mean)                                                      # (D,)
-    k = k - (k @ mean)[..., None] * ones if s.anchor else k
-    by_q = torch.einsum('hid,de,hje->hij', q, S, q)                                         # (H, d, d)
-    by_o = torch.einsum('dgei,dgej->gij', o, o)                                             # (G, d, d)
-    eye = torch.eye(d, dtype=S.dtype).expand(G, d, d)
-    scores = s.svd == 'scores'
-    by_k = s.key_weight ** 2 / d * by_q.view(G, each, d, d).sum(1) if scores else eye
-    Y = torch.cat([root(m)[0] @ y for m, y in zip(by_k, k)]
-                  + [root(m)[0] @ y for m, y in zip(by_o if scores else eye, v)])           # (2 G d, D)
-    Y = Y - (Y @ mean)[:, None] * ones if s.anchor else Y
-    e, U = torch.linalg.eigh(Y @ (S if s.svd != 'weights' else torch.eye(D, dtype=S.dtype)) @ Y.T)  # the SVD's U, s^2
-    top = R - bool(s.anchor)
-    a = (U.T @ Y)[-top:] / e[-top:, None].clamp(min=e[-1] * 1e-12).sqrt()                   # (R, D), latents are white
-    a = torch.cat((a, s.anchor * ones[None])) if s.anchor else a
-    a = a / (x @ a.T.float()).pow(2).mean(1).sqrt().mean()
-    latent = F.rms_norm(x @ a.T.float(), (R,), eps=1e-6)                                    # (N, R), as it will be
-    Ch, Ci = root((latent.T @ latent / len(x)).double())
-    fit = (x.T @ latent / len(x)).double() @ Ci @ Ci                                        # (D, R): least squares
-    kv_b, q_nope = torch.zeros(H, dn + d, R, dtype=S.dtype), torch.zeros(H, dn, D, dtype=S.dtype)
-    for h in range(H):                                       # a head's scores, at rank dn
-        qh, qi = root(by_q[h])
-        U, sv, Vh = torch.linalg.svd(qh @ k[h // each] @ fit @ Ch, full_matrices=False)
-        r = min(dn, len(sv))
-        kv_b[h, :r] = sv[:r, None].sqrt() * Vh[:r] @ Ci
-        q_nope[h, :r] = sv[:r, None].sqrt() * U[:, :r].T @ qi @ q[h]
-        kv_b[h, dn:] = v[h // each] @ fit
+    centred = lambda w: w - (w @ mean)[..., None] * ones if s.anchor else w
+    a = latent_part(k := centred(k), centred(v), old.o_proj.weight.double().view(D, G, -1, d), by_q, S, s)
+    a = (torch.cat((a, s.anchor * ones[None])) if s.anchor else a).float()                  # (R, D)
+    a = a / (x @ a.T).pow(2).mean(1).sqrt().mean()
+    latent = F.rms_norm(x @ a.T, (len(a),), eps=1e-6)                                       # (N, R), as it will be
+    q_nope, k_nope, v = head_part(q, k, v, by_q, x, latent, dn)
     q = torch.cat((q_nope, rows(query)), 1) * ((dn + s.qk_rope_head_dim) / d) ** 0.5
-    return {'q_proj.weight': q.flatten(0, 1), 'kv_a_proj_with_mqa.weight': torch.cat((a, rows(key))),
-            'kv_a_layernorm.weight': torch.ones(R), 'kv_b_proj.weight': kv_b.flatten(0, 1),
+    return {'q_proj.weight': q.flatten(0, 1), 'kv_a_proj_with_mqa.weight': torch.cat((a, rows(key).float())),
+            'kv_a_layernorm.weight': torch.ones(len(a)), 'kv_b_proj.weight': torch.cat((k_nope, v), 1).flatten(0, 1),
             'o_proj.weight': old.o_proj.weight}
 
 def compressed_mla(model, s, idx):
