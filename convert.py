@@ -1,7 +1,7 @@
 """Turn a dense Llama-like model into a DeepSeek-like one with its weights: GQA into MLA, the MLPs into experts.
 
     python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-upcycled --attention=mla --n_routed_experts=3 \\
-        --n_shared_experts=1 --calibration=data/shakespeare-smollm2     # what config/smol135.py describes
+        --n_shared_experts=1 --calibration=data/tinyshakespeare-smollm2     # what config/smol135.py describes
     python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-moe --n_routed_experts=4       # exact: four copies
     python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-mla --attention=mla --exact    # exact, and as large
 

@@ -1,13 +1,13 @@
 # SmolLM2-135M made into config/smol135.py's architecture by convert.py, trained on beside the original: 2M tokens.
-#   python prepare.py shakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M --out_dir=data/shakespeare-smollm2
+#   python prepare.py tinyshakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M --out_dir=data/tinyshakespeare-smollm2
 #   python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-upcycled --attention=mla --kv_lora_rank=128 \
-#       --n_routed_experts=3 --n_shared_experts=1 --calibration=data/shakespeare-smollm2
+#       --n_routed_experts=3 --n_shared_experts=1 --calibration=data/tinyshakespeare-smollm2
 #   python train.py config/smol135_heal.py
 # The architecture comes with the weights. Local folders do in the place of the Hub id. Needs about 7 GB.
 init_from = 'out/smol135-upcycled'
 distill_from = 'HuggingFaceTB/SmolLM2-135M'     # what the latent has lost, the original's distributions tell best
 out_dir = 'out/smol135-heal'
-dataset = 'shakespeare-smollm2'
+dataset = 'tinyshakespeare-smollm2'
 
 batch_size = 4
 block_size = 256
