@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import config
 import convert
+import prepare
 from convert import Settings, check, compressed_mla, exact_mla, fit, perturb, rows, to_moe
 from model import Config, Transformer
 from test_prepare import asset
@@ -65,7 +66,6 @@ def in_transformers(folder, idx):
 @pytest.fixture
 def folder(tmp_path):
     """A dense model in a folder, with a tokenizer of one token per character, and a text"""
-    import prepare
     text = ''.join(chr(33 + i * i * 7 % 94) + ' \n'[i % 9 == 0] for i in range(6000))
     (tmp_path / 'text.txt').write_text(text)
     prepare.prepare(prepare.Settings(str(tmp_path / 'text.txt'), out_dir=str(tmp_path / 'data')))
@@ -265,13 +265,15 @@ def test_other_models_are_refused(folder):
 # ------------------------------------------------------------------------------------------------------ real weights
 def test_smollm2_becomes_experts_and_exact_mla(tmp_path):
     model = Transformer.from_pretrained(asset('smollm2')).eval()
-    idx = tokens(1, model.config.vocab_size, 50)
+    text = Path(asset('tinyshakespeare.txt')).read_text()[:400]
+    idx = torch.tensor([prepare.encode(prepare.load_tokenizer(asset('smollm2')), text)])
     want = model(idx)[0]
     for layout in (dict(n_routed_experts=3, n_shared_experts=1), dict(n_routed_experts=6, num_experts_per_tok=3,
                    moe_intermediate_size=512), dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=512)):
         s = settings(attention='gqa', **layout)
         check(s, model.config)
-        torch.testing.assert_close(to_moe(model, s)(idx)[0], want, atol=1e-4, rtol=0)
+        got = to_moe(model, s)(idx)[0]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
     run(asset('smollm2'), tmp_path / 'exact', '--attention=mla', '--exact')
     torch.testing.assert_close(in_transformers(tmp_path / 'exact', idx), want, atol=1e-4, rtol=0)
 
