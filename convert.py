@@ -45,7 +45,7 @@ class Settings:
                                         # in keys and values, in weights
     key_weight: float = 20.0            # svd=scores: weight of an error in scores over one in outputs
     anchor: float = 20.0                # scale of the latent's constant dimension, which holds its norm; 0: none
-    fit_steps: int = 120                # steps per layer of fitting MLA's output to GQA's; 0: none
+    fit_steps: int = 60                 # steps per layer of fitting MLA's output to GQA's; 0: none
     fit_lr: float = 1e-3                # their learning rate
     n_routed_experts: int = 0           # E; 0: the MLPs stay dense
     n_shared_experts: int = 0           # experts that every token passes
@@ -55,7 +55,7 @@ class Settings:
     calibration: str | None = None      # what it is fitted to: texts or dataset folders, with commas; their last tenth
                                         # (a dataset's val split) is held out, for the losses of the report
     held_out: str | None = None         # further texts or dataset folders for the losses only
-    calibration_tokens: int = 32768     # of them, in sequences of block_size
+    calibration_tokens: int = 16384     # of them, in sequences of block_size
     eval_tokens: int = 8192             # of each held-out text
     block_size: int = 256               # tokens per sequence
     batch_size: int = 4                 # sequences at a time
