@@ -15,9 +15,9 @@ def user_errors():
         print(f'{Path(sys.argv[0]).name}: {" ".join(str(e).split())}', file=sys.stderr)
         sys.exit(2)
 
-def load(*classes, argv=None, positional=None, usage=''):
+def load(*classes, argv=None, positional='', usage=''):
     """Read argv (config files, --name=value) -> a dict {name: value} of what was given for each dataclass.
-    positional names the field that a bare argument which is no config file goes to. Raises ValueError, OSError."""
+    positional: names of the fields that bare arguments which are no config files go to. Raises ValueError, OSError."""
     argv, given = list(sys.argv[1:] if argv is None else argv), {}
     hints = {name: hint for c in classes for name, hint in typing.get_type_hints(c).items()}
     if '--help' in argv or '-h' in argv:
@@ -36,8 +36,8 @@ def load(*classes, argv=None, positional=None, usage=''):
             given[name] = typed(name, text, hints, 'on the command line', literal(text))
         elif arg.endswith('.py'):
             given |= {name: typed(name, value, hints, f'in {arg}') for name, value in read_file(arg).items()}
-        elif positional and positional not in given:
-            given[positional] = arg
+        elif free := [name for name in positional.split() if name not in given]:
+            given[free[0]] = arg
         else:
             raise ValueError(f"unexpected argument '{arg}': a config file ends in .py, a setting is --name=value")
     return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes]

@@ -2,6 +2,7 @@
 # three routed experts of SmolLM2's own width, two of which are active. 372.9M parameters, 293.3M active per token.
 # Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
 # Needs about 25 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=64.
+# rope_theta is not named: 10000, DeepSeek-V3's, or with --init_from that of the weights (see convert.py).
 # Expect a cache of 160 values per token and layer, where SmolLM2-135M keeps 384.
 out_dir = 'out/smol135'
 dataset = 'shakespeare'
@@ -21,7 +22,6 @@ num_experts_per_tok = 2
 intermediate_size = 1536
 moe_intermediate_size = 1536
 max_position_embeddings = 8192
-rope_theta = 100000.0
 rms_norm_eps = 1e-5
 initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
 

@@ -1,4 +1,5 @@
-"""Plot runs from their metrics.jsonl: python docs/plot.py out/a [out/b ...] [--out=plot.png]. Needs matplotlib.
+"""Plot runs from their metrics.jsonl: python docs/plot.py out/a [out/b ...] [--out=plot.png] [--x=tokens]. Needs
+matplotlib.
 
 Loss, bits per byte, gradient norm and learning rate of all runs, side by side; below, for each run with experts, how
 the router spreads the tokens: every expert's share over the ideal at each evaluation, layers one above the other.
@@ -53,6 +54,11 @@ def main(args):
     paths = [Path(a) for a in args if not a.startswith('--')]
     names = [p.name for p in paths]
     runs = {p.name if names.count(p.name) == 1 else str(p): read(p) for p in paths}
+    x = 'tokens' if '--x=tokens' in args else 'step'
+    for entries in runs.values() if x == 'tokens' else ():
+        each = next((m['tokens'] // m['step'] for m in entries if 'tokens' in m), 1)
+        for m in entries:
+            m['step'] *= each
     loads = {name: [(m['step'], m['moe/load']) for m in entries if 'moe/load' in m] for name, entries in runs.items()}
     loads = {name: load for name, load in loads.items() if load}
     figure = plt.figure(figsize=(14, 4 + 3.2 * len(loads)), layout='constrained')
@@ -62,7 +68,7 @@ def main(args):
         plot_run(axes, name, entries, f'C{i % 10}')
     titles = ('loss, nats per token', 'validation, bits per byte', 'gradient norm', 'learning rate')
     for axis, title in zip(axes, titles):
-        axis.set(xlabel='step', title=title)
+        axis.set(xlabel=x, title=title)
         axis.grid(alpha=0.3)
     axes[2].set_yscale('log')
     for axis in axes[:2]:
