@@ -531,7 +531,7 @@ def engine(file, spec, special_in_text):
                                 special_tokens=special)
         options = {'allowed_special': set(special) if special_in_text else set(), 'disallowed_special': ()}
         return tokenizer, lambda texts: [own.encode_to_numpy(text, **options) for text in texts], lost
-    thread = ThreadPoolExecutor(1)      # with memory of its own: a fifth faster than in Python's, which is full of holes
+    thread = ThreadPoolExecutor(1)      # with a heap of its own: a fifth faster than in Python's, full of holes
     return tokenizer, lambda texts: thread.submit(encode_texts, tokenizer, texts).result(), lost
 
 def lost_bytes(tokenizer):

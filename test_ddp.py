@@ -259,7 +259,7 @@ def test_losses_norms_loads_and_validation_are_those_of_one_process(pair):
 def test_weights_moments_and_router_biases_are_those_of_one_process(pair):
     found, wanted = map(weights, pair)
     for name, w in wanted.items():
-        torch.testing.assert_close(found[name], w, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found[name], w, rtol=0, atol=2e-4)
         assert distance(found[name], w) < 5e-5, name
     biases = [name for name in wanted if name.endswith('e_score_correction_bias')]
     assert all(torch.equal(found[n], wanted[n]) and wanted[n].any() for n in biases)
