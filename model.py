@@ -555,7 +555,7 @@ class Transformer(nn.Module):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
                 cache = Cache(self.config, len(idx), room, compute_dtype(self.head), idx.device)
-            was, *_ = torch.backends.mkldnn.set_flags(None if new.numel() > 1 else False, *[None] * 3)  # slow for one row
+            was, *_ = torch.backends.mkldnn.set_flags(None if new.numel() > 1 else False, *[None] * 3)  # one row
             try:
                 logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()             # (B, V)
             finally:

@@ -43,8 +43,7 @@ class Ranks:
         self.device = torch.device('cuda', local) if cuda else torch.device('cpu')
         self.sharded, self.settings = s.parallel == 'fsdp', s
         if self.sharded and train.pick_device(s, self.device)[1] == torch.float16:
-            raise ValueError('parallel=fsdp and dtype=float16: its scaler would see one shard only; take bfloat16, '
-                             'float32 or parallel=ddp')
+            raise ValueError('parallel=fsdp, dtype=float16: its scaler sees one shard only; take bfloat16 or float32')
         if cuda:
             torch.cuda.set_device(self.device)
         wait = datetime.timedelta(minutes=s.timeout_minutes)
@@ -63,8 +62,7 @@ class Ranks:
     def shard(self, model):
         """FSDP2: a block is whole while it computes, in bfloat16 where matmuls are; routers stay float32. With several
         nodes each has all shards, so that only gradients travel between them (hybrid sharding)"""
-        names = ('nodes', 'devices')[-len(self.shape):]
-        mesh = init_device_mesh(self.device.type, self.shape, mesh_dim_names=names)
+        mesh = init_device_mesh(self.device.type, self.shape, mesh_dim_names=('nodes', 'devices')[-len(self.shape):])
         low = torch.bfloat16 if train.pick_device(self.settings, self.device)[1] == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         for moe in model.moe_layers:
@@ -81,8 +79,7 @@ class Ranks:
 
     def sum(self, x):
         """x summed over ranks"""
-        x = x.clone()
-        dist.all_reduce(x)
+        dist.all_reduce(x := x.clone())
         return x
 
     def first(self, f):
@@ -97,14 +94,8 @@ class Ranks:
 
     def part(self, x, like):
         """The part of x that this rank has of the tensor like"""
-        if not isinstance(like, DTensor):
-            return x
-        return distribute_tensor(x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-class Planned(train.OneDevice):
-    """What --max_steps=0 asks"""
-    def costs(self, s, c, dtype):
-        return costs(s, c, dtype)
+        return x if not isinstance(like, DTensor) else distribute_tensor(
+            x.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 def costs(s, c, dtype):
     """Lines of a table: memory and traffic of a device, for numbers of devices from 1 to 512, with batch_size each. A
@@ -112,8 +103,7 @@ def costs(s, c, dtype):
     states, activations = train.memory_estimate(s, c, dtype)
     with torch.device('meta'):
         model = Transformer(c)
-    P = sum(p.numel() for p in model.parameters())
-    size = 4 if dtype == torch.float32 else 2                       # bytes of a parameter while it computes
+    P, size = sum(p.numel() for p in model.parameters()), 4 if dtype == torch.float32 else 2    # bytes that compute
     block = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
     whole = 2 * block + model.head.numel() * (1 if c.tie_word_embeddings else 2)    # this block, the next, and the ends
     yield 'devices | micro-steps | ddp: memory, sent per step | fsdp: memory, sent per step (GB)'
@@ -129,7 +119,8 @@ def main():
     given, model_settings = config.load(Settings, Config, usage=__doc__)
     settings = Settings(**given)
     if settings.max_steps == 0:
-        train.setup(settings, model_settings, Planned())
+        (one := train.OneDevice()).costs = costs
+        train.setup(settings, model_settings, one)
     if 'RANK' not in os.environ:
         raise ValueError('start it with torchrun: torchrun --standalone --nproc_per_node=2 train_ddp.py ...')
     if RESTARTS and train.checkpoints(settings.out_dir):
