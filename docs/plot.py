@@ -37,14 +37,15 @@ def plot_run(axes, name, entries, color):
         if 'event' in m:                                    # a skipped step, a rollback, a spike
             loss.axvline(m['step'], color=color, ls='--' if m['event'] == 'rollback' else ':', lw=0.8)
 
-def plot_load(figure, axis, name, loads):
+def plot_load(figure, axis, name, loads, x):
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
     grid = [[share for layer in load for share in layer] for _, load in loads]
     image = axis.imshow(list(zip(*grid)), aspect='auto', vmin=0, vmax=2, cmap='coolwarm', interpolation='nearest')
     every = max(1, len(loads) // 8)
-    axis.set(xlabel='step', ylabel='expert', title=f'{name}: tokens per expert over the ideal')
+    axis.set(xlabel=x, ylabel='expert', title=f'{name}: tokens per expert over the ideal')
     axis.set_xticks(range(0, len(loads), every), [step for step, _ in loads][::every])
-    axis.set_yticks([experts * i + (experts - 1) / 2 for i in range(layers)], [f'layer {i}' for i in range(layers)])
+    axis.set_yticks([experts * i + (experts - 1) / 2 for i in range(layers)], [f'layer {i}' for i in range(layers)],
+                    fontsize=min(10, 150 / layers))
     for i in range(1, layers):
         axis.axhline(experts * i - 0.5, color='black', lw=0.8)
     figure.colorbar(image, ax=axis)
@@ -75,7 +76,7 @@ def main(args):
         if axis.lines:
             axis.legend(fontsize='small')
     for i, (name, load) in enumerate(loads.items(), 1):
-        plot_load(figure, figure.add_subplot(rows[i, :]), name, load)
+        plot_load(figure, figure.add_subplot(rows[i, :]), name, load, x)
     figure.savefig(out, dpi=100)
     print(f'written to {out}')
 
