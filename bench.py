@@ -21,6 +21,7 @@ from torch import nn
 
 import config, prepare, train
 from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
+from sample import compile_decoding
 
 HERE = Path(__file__).resolve().parent
 
@@ -110,6 +111,8 @@ def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda
         mark(None)
         loss.item()
     return step
+
+compiles = lambda t, device: t.compile is True or t.compile == 'auto' and device.type == 'cuda'
 
 def own_loss(model, t, device, dtype):
     model.gradient_checkpointing, model.doc_attention_mask = t.gradient_checkpointing, t.doc_attention_mask
@@ -315,7 +318,7 @@ def nanogpt_contender(path, longest, c, t, device, dtype):
                                                     c.num_attention_heads, c.hidden_size, bias=False)).to(device)
         model, fast = build().train(), build().to(dtype).eval()
         optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), device.type)
-    forward = torch.compile(model) if t.compile is True or t.compile == 'auto' and device.type == 'cuda' else model
+    forward = torch.compile(model) if compiles(t, device) else model
     step = trainer(model, lambda x, y: forward(x, y.contiguous())[1], c.vocab_size, t, device, dtype, optimizer)
 
     def stream(idx, n):             # it has no cache, so that one call for n tokens is n calls for one
@@ -330,6 +333,8 @@ def contenders(s, t, model, longest, device, dtype, folder):
     if that is another; ours without experts but with the same active FLOPs; the others"""
     c = model.config
     own, loss_of = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval(), own_loss(model, t, device, dtype)
+    if compiles(t, device):
+        compile_decoding(own)
     train_on = functools.partial(trainer, vocab_size=c.vocab_size, t=t, device=device, dtype=dtype)
     count = lambda m: (m.parameter_table()['total'], train.flops_per_token(m, t.block_size))
     yield 'nanoseek', train_on(model, loss_of, optimizer=adamw(model, device)), decoder(own.stream), *count(model)
@@ -397,8 +402,8 @@ def show(found, optimizer):
     print(f'{m["name"]}, {m["cores"]} cores, {m["device"]} {m["dtype"]}, torch {m["torch"]}: a matmul reaches '
           f'{m["matmul_flops"] / 1e12:.2f} TFLOP/s, a copy {m["copy_bytes"] / 1e9:.1f} GB/s read and written\n'
           f'{found["model"]}\n\ntraining, {t["batch_size"]} x {t["block_size"]} random tokens, AdamW unless it says '
-          f'otherwise\n{"":36}{"ms a step":>10}{"tokens/s":>11}{"MFU":>6}{"parameters":>14}{"MFLOP/token":>13}'
-          f'{"time":>9}')
+          f'otherwise, compile={t["compile"]}\n{"":36}{"ms a step":>10}{"tokens/s":>11}{"MFU":>6}{"parameters":>14}'
+          f'{"MFLOP/token":>13}{"time":>9}')
     for r in found['training']:
         print(f'{r["name"]:36}{r["ms"]:10.1f}{r["tokens_per_s"]:11,.0f}{r["mfu"]:6.0%}{r["parameters"]:14,}'
               f'{r["flops_per_token"] / 1e6:13.1f}{r["ratio"]:8.2f}x')

@@ -339,12 +339,14 @@ class Experts(nn.Module):
     def forward(self, x, weights, ids):
         """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D), load (E,)"""
         (N, K), E, dtype = ids.shape, len(self.down_proj), compute_dtype(x)
-        if N * K <= E and not self.training and x.device.type == 'cpu':         # few: no order pays, only to read less
-            y, rows, weights = [], x.repeat_interleave(K, 0).split(1), weights.to(dtype).flatten()
-            for e, row, weight in zip(ids.flatten().tolist(), rows, weights):
-                gate, up = F.linear(row, self.gate_up_proj[e]).chunk(2, -1)
-                y.append(F.linear(F.silu(gate) * up * weight, self.down_proj[e]))
-            return torch.cat(y).view(N, K, -1).sum(1), None
+        compiled, few = torch.compiler.is_compiling(), N * K <= E and not self.training
+        if few and (x.device.type == 'cpu' or compiled):     # no order pays, only to read no more than what they chose
+            rows, e = x.repeat_interleave(K, 0).to(dtype), ids.flatten()
+            chosen = lambda rows, w: ((w[e] @ rows[..., None])[..., 0] if compiled else     # where w[e] is no copy
+                                      torch.cat([F.linear(row, w[i]) for row, i in zip(rows.split(1), e.tolist())]))
+            gate, up = chosen(rows, self.gate_up_proj).chunk(2, -1)                         # (N*K, I)
+            y = chosen(F.silu(gate) * up * weights.to(dtype).view(-1, 1), self.down_proj)
+            return y.view(N, K, -1).sum(1), None
         expert, order = ids.flatten().sort(stable=True)                                 # rows in order of their expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         load = ends.diff(prepend=ends.new_zeros(1))
@@ -361,8 +363,7 @@ class Experts(nn.Module):
         gate, up = grouped_linear(rows, self.gate_up_proj.to(dtype), gap_ends.int()).chunk(2, -1)  # (M, I) each
         rows = F.silu(gate) * up * weights.to(dtype)[:, None]                          # weighted while they are narrow
         rows = grouped_linear(rows, self.down_proj.to(dtype), gap_ends.int())               # (M, D)
-        y = Permute.apply(rows, inverse, source[:, None]).view(N, K, -1)                 # in order of the tokens again
-        return sum(y.unbind(1)), load
+        return sum(Permute.apply(rows, inverse, source[:, None]).view(N, K, -1).unbind(1)), load    # in order of tokens
 
 class MoE(nn.Module):
     """Shared and routed experts. eq. 12"""
@@ -380,8 +381,7 @@ class MoE(nn.Module):
     def balance_loss(self, affinity, ids, B):
         """affinity (N, E), ids (N, K) -> the sequence-wise balance loss, mean over the B sequences. eq. 17-20"""
         E, K, T = affinity.shape[1], ids.shape[1], len(ids) // B
-        chosen = torch.zeros_like(affinity).scatter(1, ids, 1.0).view(B, T, E).sum(1)       # (B, E)
-        f = chosen * E / (K * T)                                                            # eq. 18
+        f = torch.zeros_like(affinity).scatter(1, ids, E / (K * T)).view(B, T, E).sum(1)    # eq. 18  (B, E)
         p = (affinity / affinity.sum(-1, keepdim=True)).view(B, T, E).mean(1)               # eq. 19, 20
         return self.alpha * (f * p).sum(-1).mean()                                          # eq. 17
 
@@ -554,7 +554,7 @@ class Transformer(nn.Module):
         for _ in range(max_new_tokens):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
-                cache = Cache(self.config, len(idx), room, compute_dtype(self.head), idx.device)
+                cache = Cache(self.config, len(idx), room + 1, compute_dtype(self.head), idx.device)    # never full
             was, *_ = torch.backends.mkldnn.set_flags(None if new.numel() > 1 else False, *[None] * 3)  # one row
             try:
                 logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()             # (B, V)

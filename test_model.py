@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from model import Block, Cache, Config, Experts, Transformer, cross_entropy, rope_table, sample
+from sample import compile_decoding
 from test_prepare import asset
 
 pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')         # no shared experts: width 0
@@ -332,17 +333,33 @@ def test_generation_takes_no_notice_of_the_document_mask(attention, feed):
 
 # ----------------------------------------------------------------------------------------------------------- Generation
 
+def check_greedy(model, out, prompt, room):
+    """Each token is the likeliest behind those before it, by a forward without a cache; but for ties"""
+    begin = 0
+    for t in range(prompt, out.shape[1]):
+        begin = t - (room + 1) // 2 if t - begin > room else begin                          # full: from the last half
+        logits = model(out[:, begin:t])[0][:, -1]
+        assert (logits.amax(-1) - logits.gather(1, out[:, t:t + 1])[:, 0]).max() < 1e-4
+    assert out[:, prompt:].unique().numel() > 5              # a model that repeats itself would prove little
+
+
 @kinds
 @pytest.mark.parametrize('room, prompt, new', [(128, 7, 20), (23, 7, 45), (23, 23, 20)])
 def test_cached_generation_equals_uncached(attention, feed, room, prompt, new):
-    model, idx, begin = make(attention, feed, max_position_embeddings=room), tokens(length=prompt), 0
+    model, idx = make(attention, feed, max_position_embeddings=room), tokens(length=prompt)
     out = model.generate(idx, new)
     assert out.shape == (B, prompt + new) and torch.equal(out[:, :prompt], idx)
-    for t in range(prompt, prompt + new):
-        begin = t - (room + 1) // 2 if t - begin > room else begin                          # full: from the last half
-        logits = model(out[:, begin:t])[0][:, -1]
-        assert (logits.amax(-1) - logits.gather(1, out[:, t:t + 1])[:, 0]).max() < 1e-4     # likeliest, but for ties
-    assert out[:, prompt:].unique().numel() > 5              # a model that repeats itself would prove little
+    check_greedy(model, out, prompt, room)
+
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+@pytest.mark.parametrize('attention, feed', [('mla', 'moe'), ('gqa', 'dense')])
+def test_compiled_decoding_gives_the_same_text_and_compiles_once(attention, feed):
+    model, idx = make(attention, feed, max_position_embeddings=23, num_hidden_layers=1), tokens(1, 7)
+    assert compile_decoding(model) is None
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        out = model.generate(idx, 45)                        # beyond the context's end, twice
+    check_greedy(model, out, 7, 23)
 
 
 @pytest.mark.parametrize('rows', [1, B])
