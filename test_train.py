@@ -556,9 +556,9 @@ def test_transformers_generates_what_sample_does(home, call):
 
 
 def test_sample_goes_on_where_torch_cannot_compile(home, tmp_path):
-    args, env = ('--prompt=the king', '--temperature=0', '--max_new_tokens=20'), {**os.environ, 'CXX': 'no-such-compiler'}
-    found = [run(home, 'sample.py', *args, *more, env={**env, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
-             for more in ([], ['--compile'])]
+    args = '--prompt=the king', '--temperature=0', '--max_new_tokens=20'
+    env = {**os.environ, 'CXX': 'no-such-compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    found = [run(home, 'sample.py', *args, *more, env=env) for more in ([], ['--compile'])]
     assert found[0].stdout == found[1].stdout and found[1].returncode == 0 and len(found[1].stdout) == 29
     assert 'torch.compile does not work here' in found[1].stderr and 'Traceback' not in found[1].stderr
 
