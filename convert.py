@@ -23,6 +23,7 @@ os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # see train.py
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 import config
 from model import Transformer, read_folder
@@ -428,15 +429,19 @@ def write(model, s, source, report, began):
     c, out = model.config, Path(s.out_dir)
     tmp = out.with_name(f'.{out.name}.tmp')
     shutil.rmtree(tmp, ignore_errors=True)
-    model.save_pretrained(tmp, dtype=getattr(torch, s.dtype))
-    if s.attention == 'mla' and s.exact and report.heads > 1:
-        d = json.loads((tmp / 'config.json').read_text())
-        d['rope_parameters'] = longrope(c, report.heads)
-        (tmp / 'config.json').write_text(json.dumps(d, indent=2) + '\n')
-    save_tokenizer(source, tmp, c.bos_token_id, c.eos_token_id, c.max_position_embeddings)
-    (tmp / 'convert.json').write_text(json.dumps(
-        {'settings': asdict(s), 'stages': report.rows, 'seconds': round(time.perf_counter() - began, 1),
-         'loads_in': 'transformers' if s.exact and report.heads > 1 else 'nanoseek, transformers'}, indent=1) + '\n')
+    try:
+        model.save_pretrained(tmp, dtype=getattr(torch, s.dtype))
+        if s.attention == 'mla' and s.exact and report.heads > 1:
+            d = json.loads((tmp / 'config.json').read_text())
+            d['rope_parameters'] = longrope(c, report.heads)
+            (tmp / 'config.json').write_text(json.dumps(d, indent=2) + '\n')
+        save_tokenizer(source, tmp, c.bos_token_id, c.eos_token_id, c.max_position_embeddings)
+        found = {'settings': asdict(s), 'stages': report.rows, 'seconds': round(time.perf_counter() - began, 1),
+                 'loads_in': 'transformers' if s.exact and report.heads > 1 else 'nanoseek, transformers'}
+        (tmp / 'convert.json').write_text(json.dumps(found, indent=1) + '\n')
+    except (OSError, RuntimeError, SafetensorError) as e:       # a full disk, as the three libraries put it
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f'{out} could not be written: {e}') from e
     if out.exists():
         shutil.rmtree(out)
     os.replace(tmp, out)
@@ -466,7 +471,8 @@ def main(s, source, idx, held):
         if s.perturb:
             perturb(model, s.perturb)
             report.add(f'MoE, perturbed by {s.perturb:g}', model)
-    write(model, s, source, report, began)
+    with config.user_errors():
+        write(model, s, source, report, began)
     print(f'written to {s.out_dir} in {time.perf_counter() - began:.0f} s; next: '
           + ('load it with transformers' if s.exact and report.heads > 1 else
              f'python train.py config/smol135_heal.py --init_from={s.out_dir}'))

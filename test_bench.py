@@ -64,7 +64,7 @@ def test_json_has_every_row(found):
 def test_the_parts_of_a_step_are_all_there_and_add_up_to_it(found):
     parts = {r['part']: r['ms'] for r in found['parts']}
     assert set(parts) == set(bench.ORDER) and all(v > 0 for v in parts.values())
-    assert 0.75 < sum(parts.values()) / found['step_of_parts_ms'] < 1.25
+    assert 0.7 < sum(parts.values()) / found['step_of_parts_ms'] < 1.4
 
 
 class Sleep(torch.autograd.Function):

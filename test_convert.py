@@ -1,6 +1,6 @@
 """Tests of convert.py, each named after what must hold. The reference is the dense model, and transformers where it is
 installed. What needs SmolLM2-135M and a text looks in the folder $NANOSEEK_ASSETS and is skipped without it."""
-import json, math, subprocess, sys
+import json, math, resource, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -248,6 +248,18 @@ def test_a_mistake_is_one_line_and_status_2(folder):
                             capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr.count('\n')) == (2, '', 1)
     assert result.stderr.startswith('convert.py: attention=mla: a latent is fitted to text')
+
+
+@pytest.mark.parametrize('bytes_that_fit', [100, 20_000])
+def test_a_full_disk_is_one_line_and_leaves_what_there_was(folder, bytes_that_fit):
+    run(folder / 'dense', folder / 'new', '--n_routed_experts=4')
+    was = {p.name: p.read_bytes() for p in (folder / 'new').iterdir()}
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_that_fit, bytes_that_fit))
+    result = subprocess.run([sys.executable, HERE / 'convert.py', folder / 'dense', folder / 'new',
+                             '--n_routed_experts=2'], capture_output=True, text=True, preexec_fn=full)
+    assert result.returncode == 2 and result.stderr.count('\n') == 1 and 'could not be written' in result.stderr
+    assert {p.name: p.read_bytes() for p in (folder / 'new').iterdir()} == was
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith('.')) == []
 
 
 def test_other_models_are_refused(folder):
