@@ -3,7 +3,7 @@
 #   python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-upcycled --attention=mla --kv_lora_rank=128 \
 #       --n_routed_experts=3 --n_shared_experts=1 --calibration=data/tinyshakespeare-smollm2
 #   python train.py config/smol135_heal.py
-# The architecture comes with the weights. Local folders do in the place of the Hub id. Needs about 7.5 GB.
+# The architecture comes with the weights. Local folders do in the place of the Hub id. Needs about 8 GB.
 # Nothing is frozen and there is no teacher: both were tried, see the README. Where what the original knew matters more
 # than the new text: --distill_from=HuggingFaceTB/SmolLM2-135M, and 0.6 GB more.
 init_from = 'out/smol135-upcycled'
