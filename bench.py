@@ -112,11 +112,11 @@ def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda
         loss.item()
     return step
 
-compiles = lambda t, device: t.compile is True or t.compile == 'auto' and device.type == 'cuda'
-
 def own_loss(model, t, device, dtype):
     model.gradient_checkpointing, model.doc_attention_mask = t.gradient_checkpointing, t.doc_attention_mask
-    forward, _ = train.compiled(model, model, t, device, lambda: autocast(device, dtype))
+    forward, problem = train.compiled(model, model, t, device, lambda: autocast(device, dtype))
+    if problem:                     # going on would measure something else than what the table says
+        raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
     return lambda x, y: forward(x, y)[1]
 
 def dense(c):
@@ -318,7 +318,7 @@ def nanogpt_contender(path, longest, c, t, device, dtype):
                                                     c.num_attention_heads, c.hidden_size, bias=False)).to(device)
         model, fast = build().train(), build().to(dtype).eval()
         optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), device.type)
-    forward = torch.compile(model) if compiles(t, device) else model
+    forward = torch.compile(model) if train.wants_compile(t, device) else model
     step = trainer(model, lambda x, y: forward(x, y.contiguous())[1], c.vocab_size, t, device, dtype, optimizer)
 
     def stream(idx, n):             # it has no cache, so that one call for n tokens is n calls for one
@@ -333,8 +333,8 @@ def contenders(s, t, model, longest, device, dtype, folder):
     if that is another; ours without experts but with the same active FLOPs; the others"""
     c = model.config
     own, loss_of = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval(), own_loss(model, t, device, dtype)
-    if compiles(t, device):
-        compile_decoding(own)
+    if train.wants_compile(t, device) and (problem := compile_decoding(own)):
+        raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
     train_on = functools.partial(trainer, vocab_size=c.vocab_size, t=t, device=device, dtype=dtype)
     count = lambda m: (m.parameter_table()['total'], train.flops_per_token(m, t.block_size))
     yield 'nanoseek', train_on(model, loss_of, optimizer=adamw(model, device)), decoder(own.stream), *count(model)

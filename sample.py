@@ -81,7 +81,7 @@ def load(s):
     print(f'{s.checkpoint or checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
     model = model.to(best if s.device == 'auto' else s.device)
     if s.compile and (problem := compile_decoding(model)):
-        print(problem, file=sys.stderr)
+        print(f'{problem}: going on without it', file=sys.stderr)
     return model, tokenizer, torch.tensor([ids], device=model.head.device), stop
 
 def compile_decoding(model):
@@ -96,7 +96,7 @@ def compile_decoding(model):
         list(model.stream(torch.zeros(1, 2, dtype=torch.int64, device=model.head.device), 2))
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
         model.hidden = eager
-        return f'torch.compile does not work here ({str(e).strip().splitlines()[0][:100]}): going on without it'
+        return f'torch.compile does not work here ({(str(e).strip() or type(e).__name__).splitlines()[0][:100]})'
 
 def stream_text(model, tokenizer, ids, stop, s):
     """Yields a text for every new token, empty while a character of several tokens is not complete"""
@@ -108,11 +108,11 @@ def stream_text(model, tokenizer, ids, stop, s):
         yield decoder.step(tokenizer, token.item()) or ''
 
 def main(s):
-    with config.user_errors():
-        model, tokenizer, ids, stop = load(s)
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     if hasattr(signal, 'SIGPIPE'):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head` is no error
+    with config.user_errors():
+        model, tokenizer, ids, stop = load(s)
     torch.manual_seed(s.seed)
     count, began = 0, time.perf_counter()
     for i in range(s.num_samples):

@@ -1,6 +1,6 @@
 """Tests of bench.py, as users run it, on a model of a few thousand parameters; and of train.py's estimate of memory,
 against what the steps of a larger one take."""
-import json, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -35,8 +35,9 @@ class GPT(torch.nn.Module):
 """
 
 
-def run(folder, *args):
-    return subprocess.run([sys.executable, HERE / 'bench.py', *args], cwd=folder, capture_output=True, text=True)
+def run(folder, *args, **env):
+    return subprocess.run([sys.executable, HERE / 'bench.py', *args], cwd=folder, capture_output=True, text=True,
+                          env=os.environ | env)
 
 
 @pytest.fixture(scope='module')
@@ -122,6 +123,12 @@ def test_cache_bytes_are_those_of_a_cache():
 def test_a_mistake_is_one_line(tmp_path, option, words):
     done = run(tmp_path, option)
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and words in done.stderr
+
+
+def test_nothing_is_called_compiled_that_is_not(tmp_path):
+    done = run(tmp_path, *TINY, '--compile=true', CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.splitlines()[-1].startswith('bench.py: compile=True: torch.compile does not work here (')
 
 
 @pytest.mark.parametrize('optimizer', ('adamw', 'muon'))

@@ -762,9 +762,12 @@ def check_same(found, name, old, new):
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
+def wants_compile(s, device):
+    return s.compile is True or s.compile == 'auto' and device.type == 'cuda' and not s.distill_from
+
 def compiled(model, forward, s, device, amp):
     """forward compiled where that is wanted and works, else as it is, and a line that says so"""
-    if s.compile is False or s.compile == 'auto' and (device.type != 'cuda' or s.distill_from):
+    if not wants_compile(s, device):
         return forward, None
     try:
         fast, idx = torch.compile(forward), torch.zeros(s.batch_size, s.block_size, dtype=torch.int64, device=device)
@@ -775,7 +778,7 @@ def compiled(model, forward, s, device, amp):
         problem = None
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-        fast, problem = forward, f'torch.compile does not work here ({reason}): going on without it'
+        fast, problem = forward, f'torch.compile does not work here ({reason})'
     model.zero_grad(set_to_none=True)
     model.expert_load.zero_()
     return fast, problem
@@ -885,7 +888,7 @@ def start(run):
         run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
     run.forward, problem = compiled(model, forward, s, device, run.amp)
     if problem:
-        run.log.say(problem)
+        run.log.say(f'{problem}: going on without it')
     rate, run.accumulation = matmul_rate(device, dtype), run.batch // (s.batch_size * run.dist.world)
     run.peak, run.tokenizer = rate * run.dist.world, load_tokenizer(run.data.directory)
     run.log.say(f'{device.type} {str(dtype)[6:]}{s.fp8 and f", fp8 {s.fp8}"}, {run.accumulation} x {s.batch_size} x '
