@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # see train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # see train.py
 
 import numpy as np
 import torch

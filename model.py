@@ -185,10 +185,14 @@ def attend(q, k, v, scale, mask=None):
     if T == 1 and d == dv:                                   # sees all; the heads that share a key are its queries
         return F.scaled_dot_product_attention(q.reshape(B, G, -1, d), k, v, scale=scale).view(B, H, 1, d)
     if T < S or q.device.type == 'cpu' and S <= 512:         # short: on a CPU matmuls beat the fused kernel
-        future = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if mask is None else mask
-        scores = ((q.reshape(B, G, H // G * T, d) * scale) @ k.transpose(-1, -2)).view(B, H, T, S) + future
-        weights = scores.softmax(-1, dtype=torch.float32 if T < S else None)   # in training it would cost much
-        return (weights.view(B, G, -1, S).to(v.dtype) @ v).view(B, H, T, dv)
+        mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1) if mask is None else mask
+        C, out = 128 if T == S else T, []                    # queries at a time, with the keys that the last one sees
+        for i, (q, m) in enumerate(zip((q * scale).split(C, 2), mask.split(C, -2))):
+            end = S - T + (i + 1) * C
+            scores = (q.reshape(B, G, -1, d) @ k[:, :, :end].mT).view(*q.shape[:3], -1) + m[..., :end]  # (B, H, C, end)
+            weights = scores.softmax(-1, dtype=torch.float32 if T < S else None)   # in training it would cost much
+            out.append((weights.view(B, G, -1, weights.shape[-1]).to(v.dtype) @ v[:, :, :end]).view(B, H, -1, dv))
+        return torch.cat(out, 2)
     v, causal = F.pad(v, (0, max(d - dv, 0))), mask is None  # flash kernels want one head size for all three
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=G != H)[..., :dv]
 
@@ -307,8 +311,7 @@ class Router(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # eq. 13
         return weights * c.routed_scaling_factor, ids, affinity
 
-def compute_dtype(x):
-    """What autocast would cast x to; for the operations that it doesn't know"""
+def compute_dtype(x):           # what autocast would cast x to; for the operations that it doesn't know
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 def grouped_linear(x, weight, ends):
@@ -555,11 +558,8 @@ class Transformer(nn.Module):
             if cache is None or cache.length == room:
                 new = idx if cache is None else idx[:, -(room + 1) // 2:]
                 cache = Cache(self.config, len(idx), room + 1, compute_dtype(self.head), idx.device)    # never full
-            was, *_ = torch.backends.mkldnn.set_flags(None if new.numel() > 1 else False, *[None] * 3)  # one row
-            try:
+            with torch.backends.mkldnn.flags(None if new.numel() > 1 else False, None, None, None):   # one row
                 logits = F.linear(self.hidden(new, cache)[0][:, -1], self.head).float()             # (B, V)
-            finally:
-                torch.backends.mkldnn.set_flags(was, *[None] * 3)
             new = sample(logits, temperature, top_k, top_p)
             idx = torch.cat((idx, new), 1)
             yield new

@@ -114,7 +114,8 @@ def attention_reference(attn, x, rope, kind):
 
 
 @attentions
-@pytest.mark.parametrize('pieces', [(T,), (530,), (20, 1, 9, 70, 430), (1,) * 530], ids=['T', '530', 'cut', 'decode'])
+@pytest.mark.parametrize('pieces', [(T,), (300,), (530,), (20, 1, 9, 70, 430), (1,) * 530],
+                         ids=['T', '300', '530', 'cut', 'decode'])
 def test_attention_equals_float64_reference_however_it_is_cut(attention, pieces):
     model, x, out = make(attention, 'dense', max_position_embeddings=530), torch.randn(2, sum(pieces), 48), []
     attn, cache = model.model.layers[1].self_attn, Cache(model.config, 2, sum(pieces), torch.float32, 'cpu')
@@ -126,7 +127,7 @@ def test_attention_equals_float64_reference_however_it_is_cut(attention, pieces)
 
 
 @attentions
-@pytest.mark.parametrize('length', [T, 70, 530])
+@pytest.mark.parametrize('length', [T, 70, 300, 530])
 def test_attention_gradient_equals_float64_reference(attention, length):
     model, x = make(attention, 'dense', max_position_embeddings=530), torch.randn(2, length, 48, requires_grad=True)
     attn, rope, wanted = model.model.layers[1].self_attn, model.rope[:, :length], x.detach().double().requires_grad_()
@@ -151,7 +152,7 @@ def test_linear_attention_costs_linear_in_length():
                 model(tokens(1, length))
             flops.append(counter.get_total_flops())
         return flops[1] / flops[0]
-    assert growth('linear') <= 4.2 < 7 < growth('gqa')
+    assert growth('linear') <= 4.2 < 6 < growth('gqa')
 
 
 @kinds
@@ -175,7 +176,8 @@ def test_chunks_on_a_cache_equal_one_forward(attention, feed):
 # ------------------------------------------------------------------------------------------------------ Document masks
 
 EOS = 11
-PACKED = {'short': [(9, 1, 20, 1, 6), (37,), (1, 1, 35)], 'long': [(300, 1, 200, 59), (1, 520, 39), (560,)]}
+PACKED = {'short': [(9, 1, 20, 1, 6), (37,), (1, 1, 35)], 'middle': [(128, 1, 100, 71), (1, 299), (300,)],
+          'long': [(300, 1, 200, 59), (1, 520, 39), (560,)]}
 packings = pytest.mark.parametrize('packing', PACKED)
 masked = pytest.mark.parametrize('attention, feed', [('gqa', 'dense'), ('mla', 'dense'), ('mla-qlora-yarn', 'groups')])
 

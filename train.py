@@ -6,7 +6,7 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time
+import ctypes, functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time
 import weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -18,7 +18,11 @@ from unittest.mock import patch
 
 # Idle OpenMP threads spin for long by default: with one other busy process on the machine, a training step on the CPU
 # then takes ten times as long and more (see the README). Read when torch is loaded.
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')
+# By default glibc returns much of what a step frees to the kernel, and the next step waits for new pages. Now it keeps
+# what was in blocks of up to 8 MB: steps on a CPU are a tenth faster, and holes no larger (see the README).
+if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    libc.mallopt(-3, 2**23), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 import torch
 import torch.nn.functional as F

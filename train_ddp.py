@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '1000')     # see train.py
+os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # see train.py
 
 import torch
 import torch.distributed as dist
