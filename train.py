@@ -20,8 +20,10 @@ from unittest.mock import patch
 # then takes ten times as long and more (see the README). Read when torch is loaded.
 os.environ.setdefault('GOMP_SPINCOUNT', '3000')
 # By default glibc returns much of what a step frees to the kernel, and the next step waits for new pages. Now it keeps
-# what was in blocks of up to 8 MB: steps on a CPU are a tenth faster, and holes no larger (see the README).
-if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+# what was in blocks of up to 8 MB: steps on a CPU are a tenth faster, and holes no larger (see the README), unless the
+# environment has settings for malloc.
+own = any(name.startswith('MALLOC_') for name in os.environ)
+if sys.platform == 'linux' and not own and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
     libc.mallopt(-3, 2**23), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 import torch
