@@ -353,8 +353,8 @@ class Experts(nn.Module):
         expert, order = ids.flatten().sort(stable=True)                                 # rows in order of their expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         load = ends.diff(prepend=ends.new_zeros(1))
-        pad = 64 if x.device.type == 'cpu' and N * K > 64 * E else 1  # a CPU's matmul is compiled for every new number
-        M = (N * K + E * (pad - 1)) // pad * pad                        # of rows: gaps between the experts leave few
+        pad = 64 * max(N * K // E // 512, 1) if x.device.type == 'cpu' and N * K > 64 * E else 1    # a CPU's matmul is
+        M = (N * K + E * (pad - 1)) // pad * pad    # compiled for each new number of rows: gaps leave few
         starts = (load + pad - 1) // pad * pad
         gap_ends = starts.cumsum(0)
         slot = torch.arange(N * K, device=x.device) + (gap_ends - starts - ends + load)[expert]

@@ -409,7 +409,7 @@ def experts_reference(x, weights, ids, gate_up, down):
 
 
 @pytest.mark.parametrize('hidden, width', [(48, 40), (50, 40), (48, 42)])                   # 50, 42: unaligned, a loop
-@pytest.mark.parametrize('n', [B * T, 19, 1])
+@pytest.mark.parametrize('n', [3000, B * T, 19, 1])              # gaps to multiples of 128, of 64, no gaps
 @pytest.mark.parametrize('routing', ['random', 'idle', 'same'])
 def test_experts_equal_a_loop_and_drop_nothing(hidden, width, n, routing):
     torch.manual_seed(4)
