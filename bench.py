@@ -297,7 +297,7 @@ def transformers_contenders(model, t, device, dtype, folder):
     from transformers import AutoModelForCausalLM, logging
     logging.disable_progress_bar()
     load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
-    total, flops = model.parameter_table()['total'], train.flops_per_token(model, t.block_size)
+    total, flops = train.parameter_table(model)['total'], train.flops_per_token(model, t.block_size)
     for kind in ('eager', 'batched_mm', 'grouped_mm') if model.moe_layers else ('eager',):
         options, step = {'experts_implementation': kind} if model.moe_layers else {}, None
         if kind != 'batched_mm':    # training with it is slow
@@ -336,7 +336,7 @@ def contenders(s, t, model, longest, device, dtype, folder):
     if train.wants_compile(t, device) and (problem := compile_decoding(own)):
         raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
     train_on = functools.partial(trainer, vocab_size=c.vocab_size, t=t, device=device, dtype=dtype)
-    count = lambda m: (m.parameter_table()['total'], train.flops_per_token(m, t.block_size))
+    count = lambda m: (train.parameter_table(m)['total'], train.flops_per_token(m, t.block_size))
     yield 'nanoseek', train_on(model, loss_of, optimizer=adamw(model, device)), decoder(own.stream), *count(model)
     if t.optimizer != 'adamw':
         optimizer = train.make_optimizer(t, model, dtype, train.OneDevice())

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 import config
 from model import Transformer, read_folder
 from prepare import MODEL_FILES, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
+from train import parameter_table
 
 @dataclass
 class Settings:
@@ -399,7 +400,7 @@ class Report:
 
     def add(self, stage, model, follows=True):
         """model after a stage. logits moved: the largest difference to those of the stage before"""
-        table, logits, began = model.parameter_table(), probe(model), time.perf_counter()
+        table, logits, began = parameter_table(model), probe(model), time.perf_counter()
         moved = (logits - self.last).abs().max().item() if follows and self.last is not None else None
         self.last = logits if follows else self.last
         row = {'stage': stage, 'parameters': table['total'], 'active': table['active'],

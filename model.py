@@ -212,8 +212,7 @@ class GQA(nn.Module):
         return self.o_proj(self.mix(q, k, v, cache, layer, mask).transpose(1, 2).flatten(2))
 
     def mix(self, q, k, v, cache, layer, mask):
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)                                                # (B, G, S, d)
+        k, v = cache.extend(layer, k, v) if cache is not None else (k, v)                   # (B, G, S, d)
         return attend(q, k, v, self.dims[-1] ** -0.5, mask)
 
 class LinearAttention(GQA):
@@ -307,8 +306,7 @@ class Router(nn.Module):
             choice = groups.masked_fill(out[..., None], float('-inf')).flatten(1)
         ids = choice.topk(c.num_experts_per_tok, -1).indices
         weights = affinity.gather(1, ids)                                                   # eq. 14
-        if c.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)                     # eq. 13
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) if c.norm_topk_prob else weights    # eq. 13
         return weights * c.routed_scaling_factor, ids, affinity
 
 def compute_dtype(x):           # what autocast would cast x to; for the operations that it doesn't know
@@ -348,16 +346,14 @@ class Experts(nn.Module):
             chosen = lambda rows, w: ((w[e] @ rows[..., None])[..., 0] if compiled else     # where w[e] is no copy
                                       torch.cat([F.linear(row, w[i]) for row, i in zip(rows.split(1), e.tolist())]))
             gate, up = chosen(rows, self.gate_up_proj).chunk(2, -1)                         # (N*K, I)
-            y = chosen(F.silu(gate) * up * weights.to(dtype).view(-1, 1), self.down_proj)
-            return y.view(N, K, -1).sum(1), None
+            return chosen(F.silu(gate) * up * weights.to(dtype).view(-1, 1), self.down_proj).view(N, K, -1).sum(1), None
         expert, order = ids.flatten().sort(stable=True)                                 # rows in order of their expert
         ends = torch.searchsorted(expert, torch.arange(E, device=x.device), right=True)
         load = ends.diff(prepend=ends.new_zeros(1))
         pad = 64 * max(N * K // E // 512, 1) if x.device.type == 'cpu' and N * K > 64 * E else 1    # a CPU's matmul is
         M = (N * K + E * (pad - 1)) // pad * pad    # compiled for each new number of rows: gaps leave few
-        starts = (load + pad - 1) // pad * pad
-        gap_ends = starts.cumsum(0)
-        slot = torch.arange(N * K, device=x.device) + (gap_ends - starts - ends + load)[expert]
+        gap_ends = (rows := (load + pad - 1) // pad * pad).cumsum(0)
+        slot = torch.arange(N * K, device=x.device) + (gap_ends - rows - ends + load)[expert]
         gap_ends[-1] = M
         inverse = torch.empty_like(order).scatter_(0, order, slot)
         source = order.new_zeros(M).scatter_(0, slot, order)                         # a gap holds token 0, at weight 0
@@ -419,12 +415,27 @@ class MTP(Block):
         return self.shared_head['norm'](x), stats            # whose logits, by the shared head, are eq. 23
 
 # ------------------------------------------------------------------------------------------------------ Transformer
-def cross_entropy(h, weight, targets):
-    """h (N, D), weight (V, D), targets (N,), -100 ignored -> mean in nats; the logits exist in chunks, and twice"""
-    rows = max(2**26 // len(weight), 256)
-    total = lambda h, t: F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), t, reduction='sum')
-    again = lambda *chunk: checkpoint(total, *chunk, use_reentrant=False) if len(h) > rows else total(*chunk)
-    return sum(map(again, h.split(rows), targets.split(rows))) / (targets != -100).sum().clamp(min=1)
+class LinearCrossEntropy(torch.autograd.Function):
+    """h (N, D), weight (V, D), targets (N,), below 0 ignored -> sum in nats. Gradients come with it, chunk by chunk"""
+    @staticmethod
+    def forward(ctx, h, weight, targets, train):
+        loss, dh, dw, w = 0.0, [], None, weight.to(dtype := compute_dtype(h))
+        for x, t in zip(*(a.split(max(2**26 // len(w), 256)) for a in (h.to(dtype), targets[:, None]))):
+            logs, seen, t = F.linear(x, w).float().log_softmax(-1), t >= 0, t.clamp(min=0)    # (rows, V), (rows, 1)
+            loss = loss - (logs.gather(1, t) * seen).sum()
+            if train:
+                g = (logs.exp() - F.one_hot(t[:, 0], len(w)) if torch.compiler.is_compiling() else      # what fuses, or
+                     logs.exp_().scatter_add_(1, t, -seen.float())).to(dtype)       # in place: softmax less one-hot
+                dw, dh = dw.add_(g.mT @ (x * seen)) if dh else (g.mT @ (x * seen)).float(), [*dh, g @ w * seen]
+            logs = g = None                                  # or they would be in memory beside the next ones
+        ctx.save_for_backward(*(torch.cat(dh), dw) if train else ())
+        return loss
+    @staticmethod
+    def backward(ctx, grad):
+        return *(d.mul_(grad) for d in ctx.saved_tensors), None, None
+
+def cross_entropy(h, weight, targets):                       # a mean
+    return LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled()) / (targets >= 0).sum().clamp(min=1)
 
 def read_folder(directory, **overrides):
     """-> Config, {tensor's name: (file, shape)} of the safetensors files, whether RoPE's rows are in Llama's order"""
@@ -626,17 +637,6 @@ class Transformer(nn.Module):
                 rows = heads[:, -config.qk_rope_head_dim:]   # what RoPE turns, in Llama's order: now in pairs
                 rows.copy_(rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2))
         return model
-
-    def parameter_table(self):
-        """Counts of parameters, all of them, those that one token meets, and by kind"""
-        parts = {'norm': 'norms', 'self_attn': 'attention', 'experts': 'moe', 'mlp.gate.': 'moe', 'mlp.': 'mlp',
-                 'eh_proj': 'mtp', '': 'embedding'}          # the first one that the name contains
-        table = dict.fromkeys(('total', 'active', *parts.values()), 0)
-        for name, p in self.named_parameters():
-            met = self.config.num_experts_per_tok / self.config.n_routed_experts if '.experts.' in name else 1
-            table[next(part for mark, part in parts.items() if mark in name)] += p.numel()
-            table['total'], table['active'] = table['total'] + p.numel(), table['active'] + round(p.numel() * met)
-        return table
 
 def sample(logits, temperature, top_k=None, top_p=None):
     """logits (B, V) -> tokens (B, 1): the likeliest at temperature 0, else of the top_k and those that make up top_p"""

@@ -78,7 +78,7 @@ def load(s):
     stop = model.config.eos_token_id if s.stop is None else tokenizer.token_to_id(s.stop)
     if s.stop is not None and stop is None:
         raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
-    print(f'{s.checkpoint or checkpoint}: {model.parameter_table()["total"]:,} parameters', file=sys.stderr)
+    print(f'{s.checkpoint or checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters', file=sys.stderr)
     model = model.to(best if s.device == 'auto' else s.device)
     if s.compile and (problem := compile_decoding(model)):
         print(f'{problem}: going on without it', file=sys.stderr)

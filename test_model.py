@@ -523,13 +523,17 @@ def test_training_step_is_deterministic_also_with_gradient_checkpointing(attenti
 
 # --------------------------------------------------------------------------------------------------------------- Losses
 
+@pytest.mark.parametrize('compiled', [False, True])
 @pytest.mark.parametrize('n, vocab, tolerance', [(T, V, 1e-5), (300, 2**18, 1e-3)])         # float32 sums of many terms
-def test_cross_entropy_equals_float64_in_one_and_in_two_chunks(n, vocab, tolerance):
+def test_cross_entropy_equals_float64_in_one_and_in_two_chunks(n, vocab, tolerance, compiled):
     torch.manual_seed(6)
+    own = torch.compile(cross_entropy, fullgraph=True) if compiled else cross_entropy
     h, weight, targets = torch.randn(n, 4), torch.randn(vocab, 4), torch.randint(vocab, (n,))
     h.requires_grad_(), weight.requires_grad_()
     targets[::7] = -100
-    loss, want, grad = cross_entropy(h, weight, targets), 0.0, 0.0
+    with torch.no_grad():
+        alone = own(h, weight, targets)
+    loss, want, grad = own(h, weight, targets), 0.0, 0.0
     loss.backward()
     for rows in torch.arange(n).split(100):                  # in other pieces: float64 is large
         x, w = h[rows].detach().double().requires_grad_(), weight.detach().double().requires_grad_()
@@ -538,7 +542,19 @@ def test_cross_entropy_equals_float64_in_one_and_in_two_chunks(n, vocab, toleran
         want, grad = want + part.detach(), grad + w.grad
         close(h.grad[rows], x.grad, tolerance)
     close(loss, want, 1e-6)
+    close(alone, want, 1e-6)
     close(weight.grad, grad, tolerance)
+
+
+def test_logits_are_computed_once_and_never_in_memory_as_a_whole():
+    h, weight, targets = torch.randn(1024, 4), torch.randn(2**18, 4), torch.randint(2**18, (1024,))
+    with FlopCounterMode(display=False) as counter, train.Live() as live:
+        cross_entropy(h.requires_grad_(), weight.requires_grad_(), targets).backward()
+    assert counter.get_total_flops() == 3 * 2 * 1024 * 4 * 2**18
+    assert live.peak < 4 * 1024 * 2**18 * 0.6                # four chunks, two copies of one at once
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cross_entropy(h, weight, targets)
+    assert counter.get_total_flops() == 2 * 1024 * 4 * 2**18
 
 
 def test_a_batch_with_nothing_to_predict_is_no_nan():
@@ -623,7 +639,7 @@ def test_parameter_counts_by_hand():
     smollm2 = Config(attention='gqa', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                      num_attention_heads=9, num_key_value_heads=3)
     with torch.device('meta'):
-        table = Transformer(smollm2).parameter_table()
+        table = train.parameter_table(Transformer(smollm2))
     assert table['total'] == table['active'] == 134_515_008  # as published
     model, expert = make('mla-qlora-yarn', num_nextn_predict_layers=1), 3 * 48 * 40
     parts = dict(attention=4 * (48 * 22 + 22 * 6 * 20 + 48 * (20 + 8) + 20 * 6 * (12 + 14) + 6 * 14 * 48),
@@ -631,7 +647,7 @@ def test_parameter_counts_by_hand():
                  embedding=2 * V * 48, mtp=2 * 48 * 48)
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(parts.values())
-    assert model.parameter_table() == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
+    assert train.parameter_table(model) == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
 
 
 @attentions

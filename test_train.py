@@ -200,7 +200,7 @@ def shape(name, **settings):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_file_says_how_many_parameters_it_has(name):
-    table, text = shape(name).parameter_table(), (HERE / f'config/{name}.py').read_text()
+    table, text = train.parameter_table(shape(name)), (HERE / f'config/{name}.py').read_text()
     head = ' '.join(line.lstrip('# ') for line in text.partition('\nout_dir')[0].splitlines())
     told = re.findall(r'([\d.,]*\d)([MB]?) (parameters)', head) + re.findall(r'([\d.]+)([MB]) (active)', head)
     assert told[0][2] == 'parameters' and len(told) <= 2
@@ -211,12 +211,13 @@ def test_a_config_file_says_how_many_parameters_it_has(name):
 
 
 def test_the_counts_are_the_known_ones():
-    table = shape('smol135').parameter_table()
+    table = train.parameter_table(shape('smol135'))
     parts = {'attention': 25_989_120, 'moe': 318_556_800, 'embedding': 28_311_552, 'norms': 38_976}
     assert {k: n for k, n in table.items() if n and k not in ('total', 'active')} == parts
     biases = [b.numel() for n, b in shape('linear10').named_buffers() if n.endswith('e_score_correction_bias')]
     assert biases == [4] * 4
-    tiny, mini, shakespeare = (shape(n).parameter_table()['total'] / 1e9 for n in ('v3_tiny', 'v3_mini', 'shakespeare'))
+    names = 'v3_tiny', 'v3_mini', 'shakespeare'
+    tiny, mini, shakespeare = (train.parameter_table(shape(name))['total'] / 1e9 for name in names)
     assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.005
 
 

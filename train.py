@@ -194,9 +194,20 @@ def matmul_rate(device, dtype):
         times.append(time.perf_counter() - t)
     return 2 * n ** 3 / min(times)
 
+def parameter_table(model):
+    """Counts of parameters, all of them, those that one token meets, and by kind"""
+    parts = {'norm': 'norms', 'self_attn': 'attention', 'experts': 'moe', 'mlp.gate.': 'moe', 'mlp.': 'mlp',
+             'eh_proj': 'mtp', '': 'embedding'}             # the first one that the name contains
+    table, c = dict.fromkeys(('total', 'active', *parts.values()), 0), model.config
+    for name, p in model.named_parameters():
+        met = c.num_experts_per_tok / c.n_routed_experts if '.experts.' in name else 1
+        table[next(part for mark, part in parts.items() if mark in name)] += p.numel()
+        table['total'], table['active'] = table['total'] + p.numel(), table['active'] + round(p.numel() * met)
+    return table
+
 def flops_per_token(model, T):
     """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
-    c, table, d = model.config, model.parameter_table(), model.config.head_dim
+    c, table, d = model.config, parameter_table(model), model.config.head_dim
     heads = model.head.numel() * (1 + c.num_nextn_predict_layers)
     weights = table['active'] - table['norms'] - table['embedding'] + heads
     attention = {'gqa': 4 * d * T, 'mla': 2 * T * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim),
@@ -553,7 +564,7 @@ def describe(s, c, estimate):
     """Lines that say what the model is, its parameters, and the memory that a training step needs"""
     with torch.device('meta'):
         model = Transformer(c)
-    table, order = model.parameter_table(), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
+    table, order = parameter_table(model), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
     states, activations = estimate
     yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
     yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
@@ -703,7 +714,7 @@ def finish_writing(run):
         run.writing = None
 
 def model_card(run):
-    s, c, data, about, table = run.s, run.model.config, run.data, run.about, run.model.parameter_table()
+    s, c, data, about, table = run.s, run.model.config, run.data, run.about, parameter_table(run.model)
     kind, script = c.to_hf()['architectures'][0], 'python' if run.dist.world == 1 else 'torchrun'
     texts = [f'{f"{share:.4g} " * (share < 1)}{d.meta["source"]["name"]} ({d.meta["source"]["license"]})'
              for d, share in data.sources.values()]
