@@ -355,6 +355,8 @@ def contenders(s, t, model, longest, device, dtype, folder):
 def measure(s, t, given, folder):
     """-> all that is measured of a model, as JSON has it"""
     device, dtype = train.pick_device(t)
+    if t.fp8:
+        train.check_fp8(t.fp8, device, dtype)
     c = Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}})
     found = {'machine': machine(device, dtype), 'settings': {**asdict(s), **asdict(t), **asdict(c)},
              'model': train.architecture(c)}
@@ -366,7 +368,6 @@ def measure(s, t, given, folder):
     model = Transformer(c)
     model.save_pretrained(folder)
     if t.fp8:
-        train.check_fp8(t.fp8, device, dtype)
         train.to_fp8(model, t.fp8)
     model.to(device).train()
     contexts = sorted({min(n, c.max_position_embeddings - s.new_tokens) for n in s.numbers('contexts')})
