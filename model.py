@@ -249,23 +249,23 @@ class MLA(nn.Module):
         self.scale = (dn + dr) ** -0.5 * yarn_mscale(yarn.get('factor', 1), yarn.get('mscale_all_dim') or 0) ** 2  # [4]
 
     def forward(self, x, rope, cache=None, layer=None, mask=None):
-        (B, T, _), (H, dn, dr, dv, R) = x.shape, self.dims
-        own = self.kv_a_layernorm.weight.dtype               # a norm's own, also under autocast
+        (B, T, _), (H, dn, dr, dv, R), own = x.shape, self.dims, self.kv_a_layernorm.weight.dtype  # a norm's own dtype
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x).to(own))) if hasattr(self, 'q_a_proj') else self.q_proj(x)
-        q_nope, q_pe = q.view(B, T, H, dn + dr).transpose(1, 2).split((dn, dr), -1)      # (B, H, T, dn), (B, H, T, dr)
+        q_nope, q_pe = (part.transpose(1, 2) for part in q.view(B, T, H, dn + dr).split((dn, dr), -1))    # (B, H, T, d)
         c, k_pe = self.kv_a_proj_with_mqa(x).split((R, dr), -1)                             # (B, T, R), (B, T, dr)
         c = self.kv_a_layernorm(c.to(own)).to(k_pe.dtype)                                   # eq. 1 (q: eq. 6, 7)
-        q_pe, k_pe = rotate(torch.cat((q_pe, k_pe[:, None]), 1), rope, interleaved=True).split((H, 1), 1)  # eq. 8, 3
-        kv = torch.cat((c, k_pe[:, 0]), -1)                                                 # (B, T, R+dr)
+        q_pe, k_pe = rotate(q_pe, rope, interleaved=True), rotate(k_pe, rope, interleaved=True)             # eq. 8, 3
         if cache is not None:
-            kv, = cache.extend(layer, kv)                                                   # (B, S, R+dr)
-        form = self.attend_expanded if kv.shape[1] == T else self.attend_absorbed
-        return self.o_proj(form(q_nope, q_pe, kv, mask).transpose(1, 2).flatten(2))                  # eq. 11
+            kv, = cache.extend(layer, torch.cat((c, k_pe), -1))                             # (B, S, R+dr)
+            c, k_pe = kv.split((R, dr), -1)
+        new = c.shape[1] == T                                                               # nothing is from before
+        y = self.attend_expanded(q_nope, q_pe, c, k_pe, mask) if new else self.attend_absorbed(q_nope, q_pe, kv, mask)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                                    # eq. 11
 
-    def attend_expanded(self, q_nope, q_pe, kv, mask=None):
+    def attend_expanded(self, q_nope, q_pe, c, k_pe, mask=None):
         """Every head's keys and values are made from the latent: fewest FLOPs for as many queries as keys"""
-        (H, dn, dr, dv, R), (c, k_pe) = self.dims, kv.tensor_split((self.dims[-1],), -1)
-        k_nope, v = self.kv_b_proj(c).view(*c.shape[:2], H, dn + dv).transpose(1, 2).split((dn, dv), -1)  # eq. 2, 5
+        (H, dn, dr, dv, R), kv = self.dims, self.kv_b_proj(c).unflatten(-1, (self.dims[0], -1))
+        k_nope, v = (part.transpose(1, 2) for part in kv.split((dn, dv), -1))  # eq. 2, 5; split first: saves a copy
         k = torch.cat((k_nope, k_pe[:, None].expand(-1, H, -1, -1)), -1)                    # eq. 4  (B, H, S, dn+dr)
         return attend(torch.cat((q_nope, q_pe), -1), k, v, self.scale, mask)                # eq. 9, 10  (B, H, T, dv)
 
