@@ -72,10 +72,6 @@ def seconds(job):
     job()
     return [time.perf_counter() - began]
 
-def second(step):       # one behind the other, as in training: the first of a turn finds the others' memory and caches
-    step()
-    return seconds(step)
-
 def medians(jobs, rounds):
     """{name: function -> list of seconds} -> {name: their medians}, measured in turn"""
     found = {name: [] for name in jobs}
@@ -380,7 +376,7 @@ def measure(s, t, given, folder):
                          f'{c.max_position_embeddings}')
     jobs = list(contenders(s, t, model, contexts[-1] + s.new_tokens, device, dtype, folder))
     tokens, peak = t.batch_size * t.block_size, found['machine']['matmul_flops']
-    steps = medians({name: functools.partial(second, step) for name, step, *_ in jobs if step}, s.rounds)
+    steps = medians({name: functools.partial(seconds, step) for name, step, *_ in jobs if step}, s.rounds)
     found['training'] = [{'name': name, 'ms': 1e3 * steps[name][0], 'tokens_per_s': tokens / steps[name][0],
                           'mfu': tokens * flops / steps[name][0] / peak, 'parameters': total, 'flops_per_token': flops,
                           'ratio': steps[name][0] / steps['nanoseek'][0]}
