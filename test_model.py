@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from model import Block, Cache, Config, Experts, Transformer, cross_entropy, rope_table, sample
 from sample import compile_decoding
-from test_prepare import asset
+from support import asset
 
 pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')         # no shared experts: width 0
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import config, train
 from model import Config, Transformer
-from test_prepare import asset
+from support import asset
 
 os.environ['HF_HUB_OFFLINE'] = '1'                          # read when huggingface_hub is loaded, here and in processes
 HERE = Path(train.__file__).resolve().parent

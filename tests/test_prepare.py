@@ -10,19 +10,13 @@ import pytest
 import prepare
 from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer, open_data, permute, save_tokenizer,
                      schedule, scramble, whole_counts)
+from support import asset
 
 HERE = Path(prepare.__file__).parent
 # What a careless reader or tokenizer would change: newlines, NUL, accents in two spellings, special tokens as text.
 NASTY = ('\ufeffOne\r\ntwo\rthree\n\n\n  four\t\x00five <|endoftext|> caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e'
          ' \u0645\u0631 \U0001f642\U0001f468\u200d\U0001f469 <|im_start|><unk></s> \u00a0 x = 12345;   don\'t \u2028'
          ' end \n ') * 6
-
-
-def asset(name):
-    folder = os.environ.get('NANOSEEK_ASSETS')
-    if not folder or not (Path(folder) / name).exists():
-        pytest.skip(f'$NANOSEEK_ASSETS/{name} is not there')
-    return str(Path(folder).resolve() / name)
 
 
 @pytest.fixture(params=['char', 'bpe:300', 'gpt2', 'smollm2'])
@@ -651,24 +645,6 @@ def test_a_bad_document_after_hours_costs_nothing(tmp_path):
     assert code == 0 and tokens > 10_000 and read_back(tmp_path / 'out') == by_split(words(300, 1) * 2, 0.1, 0.1)
     assert go({**settings, 'bad_documents': 'skip', 'out_dir': str(tmp_path / 'fresh')})[0] == 0
     assert files(tmp_path / 'fresh') == files(tmp_path / 'out')
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of a given size; again with another size for more room"""
-    mounted, path = [], tmp_path / 'disk'
-    path.mkdir()
-
-    def disk(size):
-        options = f'{"remount," * bool(mounted)}size={size}'
-        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', path], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f'needs to mount a tmpfs: {done.stderr.strip()}')
-        mounted.append(1)
-        return path
-    yield disk
-    if mounted:
-        subprocess.run(['umount', '-l', path], check=True)
 
 
 @pytest.mark.parametrize('room', [20, 200])

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 import config, prepare, train
-from test_prepare import disk     # a fixture
 from model import Config, Transformer
 
 HERE = Path(train.__file__).resolve().parent

@@ -12,7 +12,7 @@ import convert
 import prepare
 from convert import Settings, check, compressed_mla, exact_mla, fit, perturb, rows, to_moe
 from model import Config, Transformer
-from test_prepare import asset
+from support import asset
 
 HERE = Path(convert.__file__).parent
 pytestmark = pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')
