@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from model import Block, Cache, Config, Experts, Transformer, cross_entropy, rope_table, sample
+from nanoseek.hf import named_views
+from model import Block, Cache, Config, Experts, Transformer, rope_table, sample
 from sample import compile_decoding
 from support import asset
 
@@ -118,7 +119,7 @@ def attention_reference(attn, x, rope, kind):
                          ids=['T', '300', '530', 'cut', 'decode'])
 def test_attention_equals_float64_reference_however_it_is_cut(attention, pieces):
     model, x, out = make(attention, 'dense', max_position_embeddings=530), torch.randn(2, sum(pieces), 48), []
-    attn, cache = model.model.layers[1].self_attn, Cache(model.config, 2, sum(pieces), torch.float32, 'cpu')
+    attn, cache = model.model.layers[1].self_attn, Cache(model.config, 2, sum(pieces), x, torch.float32)
     for piece in x.split(pieces, 1):
         end = cache.length + piece.shape[1]
         out.append(attn(piece, model.rope[:, cache.length:end], cache, 1))
@@ -169,7 +170,7 @@ def test_no_token_sees_the_future_and_all_see_the_past(attention, feed):
 @kinds
 def test_chunks_on_a_cache_equal_one_forward(attention, feed):
     model, idx = make(attention, feed), tokens()
-    cache = Cache(model.config, B, T, torch.float32, 'cpu')
+    cache = Cache(model.config, B, T, model.head, torch.float32)
     h = torch.cat([model.hidden(piece, cache)[0] for piece in idx.split((11, 1, 1, 17, 7), 1)], 1)
     close(model.lm_head(h), model(idx)[0])
 
@@ -524,40 +525,6 @@ def test_training_step_is_deterministic_also_with_gradient_checkpointing(attenti
 
 # --------------------------------------------------------------------------------------------------------------- Losses
 
-@pytest.mark.parametrize('compiled', [False, True])
-@pytest.mark.parametrize('n, vocab, tolerance', [(T, V, 1e-5), (300, 2**18, 1e-3)])         # float32 sums of many terms
-def test_cross_entropy_equals_float64_in_one_and_in_two_chunks(n, vocab, tolerance, compiled):
-    torch.manual_seed(6)
-    own = torch.compile(cross_entropy, fullgraph=True) if compiled else cross_entropy
-    h, weight, targets = torch.randn(n, 4), torch.randn(vocab, 4), torch.randint(vocab, (n,))
-    h.requires_grad_(), weight.requires_grad_()
-    targets[::7] = -100
-    with torch.no_grad():
-        alone = own(h, weight, targets)
-    loss, want, grad = own(h, weight, targets), 0.0, 0.0
-    loss.backward()
-    for rows in torch.arange(n).split(100):                  # in other pieces: float64 is large
-        x, w = h[rows].detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-        part = F.cross_entropy(x @ w.T, targets[rows], reduction='sum') / (targets >= 0).sum()
-        part.backward()
-        want, grad = want + part.detach(), grad + w.grad
-        close(h.grad[rows], x.grad, tolerance)
-    close(loss, want, 1e-6)
-    close(alone, want, 1e-6)
-    close(weight.grad, grad, tolerance)
-
-
-def test_logits_are_computed_once_and_never_in_memory_as_a_whole():
-    h, weight, targets = torch.randn(1024, 4), torch.randn(2**18, 4), torch.randint(2**18, (1024,))
-    with FlopCounterMode(display=False) as counter, train.Live() as live:
-        cross_entropy(h.requires_grad_(), weight.requires_grad_(), targets).backward()
-    assert counter.get_total_flops() == 3 * 2 * 1024 * 4 * 2**18
-    assert live.peak < 4 * 1024 * 2**18 * 0.6                # four chunks, two copies of one at once
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        cross_entropy(h, weight, targets)
-    assert counter.get_total_flops() == 2 * 1024 * 4 * 2**18
-
-
 def test_a_batch_with_nothing_to_predict_is_no_nan():
     model, (idx, targets) = make('mla', num_nextn_predict_layers=2).train(), batch()
     loss, grads = gradients(model, idx, targets.fill_(-100))
@@ -790,7 +757,7 @@ def test_bfloat16_files_keep_float32_router_biases(tmp_path):
     again = Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, saved in safetensors.load_file(tmp_path / 'model.safetensors').items():
         assert saved.dtype == (torch.float32 if 'bias' in name else torch.bfloat16)
-    saved, loaded = dict(model.named_views()), dict(again.named_views())
+    saved, loaded = dict(named_views(model)), dict(named_views(again))
     assert all(torch.equal(loaded[name], saved[name].to(loaded[name].dtype)) for name in saved)
     assert all(torch.equal(b, dict(again.named_buffers())[name]) for name, b in model.named_buffers())
 

@@ -1,0 +1,542 @@
+"""Hugging Face folders: config.json <-> Config, safetensors <-> parameters, and the files that
+travel beside them (tokenizer, generation settings, chat template).
+
+Three classes of transformers are what our models are there: Llama, Glm4Moe and DeepseekV3.
+Nothing in a folder is executed, and pickles are not read.
+"""
+import json
+import logging
+import re
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger(__name__)       # a warning is a line on stderr, unless a script asks for more
+
+# What we read of a model on the Hub
+MODEL_FILES = ['config.json', 'model*.safetensors', 'model.safetensors.index.json',
+               'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
+               'generation_config.json', 'chat_template.jinja']
+
+
+# ------------------------------------------------------------------------------ config.json
+
+CLASSES = {'llama': 'LlamaForCausalLM',
+           'glm4_moe': 'Glm4MoeForCausalLM',
+           'deepseek_v3': 'DeepseekV3ForCausalLM'}
+OURS = 'nanoseek_'          # begins a model_type that Hugging Face has no class for
+
+MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
+MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok',
+            'moe_intermediate_size', 'first_k_dense_replace', 'n_group', 'topk_group',
+            'norm_topk_prob', 'routed_scaling_factor'}
+
+# What a config.json without the key means, by the config classes of transformers 5
+EVERY_DEFAULT = {'initializer_range': 0.02, 'tie_word_embeddings': False, 'rope_theta': 10000.0}
+DEFAULTS = {
+    'llama': {
+        **EVERY_DEFAULT, 'vocab_size': 32000, 'hidden_size': 4096, 'intermediate_size': 11008,
+        'num_hidden_layers': 32, 'num_attention_heads': 32, 'max_position_embeddings': 2048,
+        'rms_norm_eps': 1e-6, 'bos_token_id': 1, 'eos_token_id': 2},
+    'glm4_moe': {
+        **EVERY_DEFAULT, 'vocab_size': 151552, 'hidden_size': 4096, 'intermediate_size': 10944,
+        'num_hidden_layers': 46, 'num_attention_heads': 96, 'num_key_value_heads': 8,
+        'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'n_routed_experts': 128,
+        'n_shared_experts': 1, 'num_experts_per_tok': 8, 'moe_intermediate_size': 1408,
+        'first_k_dense_replace': 1, 'n_group': 1, 'topk_group': 1, 'norm_topk_prob': True,
+        'routed_scaling_factor': 1.0, 'partial_rotary_factor': 0.5},
+    'deepseek_v3': {
+        **EVERY_DEFAULT, 'vocab_size': 129280, 'hidden_size': 7168, 'intermediate_size': 18432,
+        'num_hidden_layers': 61, 'num_attention_heads': 128, 'max_position_embeddings': 4096,
+        'rms_norm_eps': 1e-6, 'q_lora_rank': 1536, 'kv_lora_rank': 512,
+        'qk_nope_head_dim': 128, 'qk_rope_head_dim': 64, 'v_head_dim': 128,
+        'n_routed_experts': 256, 'n_shared_experts': 1, 'num_experts_per_tok': 8,
+        'moe_intermediate_size': 2048, 'first_k_dense_replace': 3, 'n_group': 8,
+        'topk_group': 4, 'norm_topk_prob': True, 'routed_scaling_factor': 2.5,
+        'num_nextn_predict_layers': 1, 'bos_token_id': 0, 'eos_token_id': 1}}
+
+# null says: none, or what follows from the rest
+NULLABLE = {'head_dim', 'num_key_value_heads', 'q_lora_rank', 'rope_scaling', 'bos_token_id',
+            'eos_token_id', 'num_nextn_predict_layers'}
+
+# What our models are, whatever their settings
+FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
+         'attention_dropout': 0.0}
+
+# What a config.json may say of a model that ours can represent
+ONLY = {**FIXED, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
+        'topk_method': 'noaux_tc', 'sliding_window': None, 'quantization_config': None,
+        'truncate': True}
+
+
+def config_json(config):
+    """Config -> the dict of config.json, with the keys that transformers 4 and 5, vLLM and
+    llama.cpp read."""
+    mla = config.attention == 'mla'
+    moe = config.n_routed_experts > 0
+    values = asdict(config)
+    if mla:
+        del values['head_dim']
+        values['num_key_value_heads'] = config.num_attention_heads
+        values['rope_interleave'] = True
+        if not moe:                         # a dense one has nothing but leading dense layers
+            layers = config.num_hidden_layers + config.num_nextn_predict_layers
+            values['first_k_dense_replace'] = layers
+            values['n_routed_experts'] = 2
+    else:
+        for name in MLA_KEYS:
+            del values[name]
+        if not moe:
+            for name in MOE_KEYS:
+                del values[name]
+    if mla or moe:                          # vLLM and llama.cpp route otherwise without these
+        values['scoring_func'] = 'sigmoid'
+        values['topk_method'] = 'noaux_tc'
+    kind = model_type(config)
+    rope = {'rope_type': 'default'}
+    if config.rope_scaling:
+        rope.update(config.rope_scaling)
+    rope['rope_theta'] = config.rope_theta
+    if kind == 'glm4_moe':                  # whose default is a half
+        rope['partial_rotary_factor'] = 1.0
+        values['partial_rotary_factor'] = 1.0
+    values.update(FIXED)
+    values['model_type'] = kind
+    values['architectures'] = [architecture_class(config)]
+    values['rope_parameters'] = rope
+    return values
+
+
+def model_type(config):
+    if config.attention == 'mla':
+        return 'deepseek_v3'
+    if config.attention != 'gqa':
+        return OURS + config.attention
+    if config.n_routed_experts:
+        return 'glm4_moe'
+    return 'llama'
+
+
+def architecture_class(config):
+    """The class of transformers that the model is, or for linear attention a name of ours."""
+    return CLASSES.get(model_type(config), OURS)
+
+
+def config_fields(values, names):
+    """config.json's dict -> {name: value} for the fields of Config that names lists, where it
+    says them. ValueError that names what our models cannot represent."""
+    kind = values.get('model_type')
+    if kind not in CLASSES and not str(kind).startswith(OURS):
+        known = ', '.join(CLASSES)
+        raise ValueError(f'model_type={kind!r}: must be one of {known}')
+    rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
+    values = {**DEFAULTS.get(kind, EVERY_DEFAULT), **values, **rope}
+    for name, value in ONLY.items():
+        if values.get(name, value) != value:
+            raise ValueError(f'{name}={values[name]!r}: this model can represent {value!r} only')
+    found = {}
+    for name in names:
+        if values.get(name) is not None:
+            found[name] = values[name]
+        elif name in values and name not in NULLABLE:
+            raise ValueError(f'{name} is null')
+    for name in ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads'):
+        if name not in found:                       # of a kind of ours, which has no defaults
+            raise ValueError(f'{name} is missing')
+    found['attention'] = {'llama': 'gqa', 'glm4_moe': 'gqa', 'deepseek_v3': 'mla'}.get(kind)
+    if found['attention'] is None:
+        found['attention'] = kind.removeprefix(OURS)
+    layers = found['num_hidden_layers'] + found.get('num_nextn_predict_layers', 0)
+    if found.get('first_k_dense_replace', 0) >= layers:
+        found['n_routed_experts'] = 0
+        found['first_k_dense_replace'] = 0
+    found.pop('rope_scaling', None)
+    scaling = rope_scaling(rope)
+    if scaling:
+        found['rope_scaling'] = scaling
+    return found
+
+
+def rope_scaling(rope):
+    """What config.json says of RoPE -> Config.rope_scaling, or None for the default RoPE."""
+    kind = rope.get('rope_type') or rope.get('type') or 'default'
+    if kind == 'default':
+        return None
+    other = ('rope_theta', 'partial_rotary_factor', 'type')
+    return {**{k: v for k, v in rope.items() if k not in other}, 'rope_type': kind}
+
+
+def read_json(file):
+    """A dict from a JSON file. ValueError that names the file"""
+    try:
+        values = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{file} is damaged: {e}') from e
+    if not isinstance(values, dict):
+        raise ValueError(f'{file} is damaged: it holds no JSON object')
+    return values
+
+
+def read_config(config_class, directory, **overrides):
+    """A model's folder -> its Config. overrides: fields that are to be others"""
+    file = Path(directory) / 'config.json'
+    values = read_json(file)
+    try:
+        found = config_fields(values, [field.name for field in fields(config_class)])
+        return config_class(**{**found, **overrides})
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f'{file}: {e}') from e
+
+
+# ------------------------------------------------------------------------------ safetensors
+
+INDEX = 'model.safetensors.index.json'
+
+
+class Weights:
+    """The tensors of a model's folder: shapes {name: shape}, and their values."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        self.files = find_tensors(self.directory)                           # {name: file}
+        self.shapes = {}
+        for file in sorted(set(self.files.values())):
+            with open_safetensors(file) as f:
+                for name in f.keys():
+                    if self.files.get(name) == file:
+                        self.shapes[name] = tuple(f.get_slice(name).get_shape())
+        for name, file in self.files.items():
+            if name not in self.shapes:
+                raise ValueError(f'{file} has no {name}, which {self.directory / INDEX} says '
+                                 'it has')
+
+    def copy_into(self, tensor, name):
+        """Fills tensor with the values of that name. In pieces, from a file opened anew: what
+        it has mapped counts as memory until it is closed."""
+        if self.shapes.get(name) != tuple(tensor.shape):
+            where = self.shapes.get(name, 'in no model*.safetensors')
+            raise ValueError(f'{self.directory}: {name} is {where}, the model wants '
+                             f'{tuple(tensor.shape)}')
+        row = max(tensor.numel() // max(len(tensor), 1), 1)
+        rows = max(2**22 // row, 1)
+        for first in range(0, len(tensor), rows):
+            with open_safetensors(self.files[name]) as f:
+                piece = f.get_slice(name)[first:first + rows]
+                tensor[first:first + rows].copy_(piece)
+
+
+def open_safetensors(file):
+    try:
+        return safe_open(file, 'pt')                    # raises if a byte is missing
+    except SafetensorError as e:
+        raise ValueError(f'{file} is damaged: {e}') from e
+    except OSError as e:
+        raise OSError(f'{file} cannot be read: {e}') from e
+
+
+def find_tensors(directory):
+    """-> {name: file} of a folder's tensors, as transformers finds them: in model.safetensors,
+    else where the index says, else in a whole set of numbered files."""
+    single = directory / 'model.safetensors'
+    if single.is_file():
+        return names_in([single])
+    if (directory / INDEX).is_file():
+        return names_by_index(directory)
+    sets = {}
+    for file in sorted(directory.glob('model-*-of-*.safetensors')):
+        number = re.fullmatch(r'model-(\d+)-of-(\d+)\.safetensors', file.name)
+        if number:
+            sets.setdefault(int(number[2]), {})[int(number[1])] = file
+    if not sets:
+        raise ValueError(f'{directory} has no model*.safetensors{what_else(directory)}')
+    if len(sets) > 1:
+        raise ValueError(f'{directory} has files of several models (of {sorted(sets)} files '
+                         f'each) and no {INDEX} that says which are meant')
+    (total, files), = sets.items()
+    missing = sorted(set(range(1, total + 1)) - files.keys())
+    if missing:
+        raise ValueError(f'{directory}: file {missing[0]} of the {total} of its model is missing')
+    return names_in(files.values())
+
+
+def what_else(directory):
+    """A hint at what a folder without our kind of weights holds."""
+    if any(directory.glob('adapter_model*')):
+        return ': it holds an adapter, merge it into its model first'
+    if any(directory.glob('*.bin')) or any(directory.glob('*.pt*')):
+        return ', and pickles are not read: save it with safetensors'
+    if any(directory.glob('*.gguf')):
+        return ', and GGUF files are not read'
+    return ''
+
+
+def names_in(files):
+    found = {}
+    for file in files:
+        with open_safetensors(file) as f:
+            for name in f.keys():
+                if name in found:
+                    raise ValueError(f'{name} is in {found[name].name} and in {file.name}: '
+                                     f'{file.parent} holds files of several models')
+                found[name] = file
+    return found
+
+
+def names_by_index(directory):
+    index = read_json(directory / INDEX)
+    weight_map = index.get('weight_map')
+    if not isinstance(weight_map, dict):
+        raise ValueError(f'{directory / INDEX} is damaged: it has no weight_map')
+    found = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f'{directory / INDEX}: {file!r} is no file beside it')
+        found[name] = directory / file
+    for file in sorted(set(found.values())):
+        if not file.is_file():
+            raise ValueError(f'{directory / INDEX} names {file.name}, which is missing')
+    return found
+
+
+def on_disk(name, tensor):
+    """A tensor of Transformer.state_dict -> [(name in a file, view of the tensor)]: stacked
+    experts are one tensor for each expert and matrix there."""
+    stem, _, kind = name.rpartition('.')
+    if not stem.endswith('mlp.experts'):
+        return [(name, tensor)]
+    found = []
+    for e, weight in enumerate(tensor):
+        if kind == 'gate_up_proj':
+            gate, up = weight.chunk(2)
+            found.append((f'{stem}.{e}.gate_proj.weight', gate))
+            found.append((f'{stem}.{e}.up_proj.weight', up))
+        else:
+            found.append((f'{stem}.{e}.{kind}.weight', weight))
+    return found
+
+
+def named_views(model, state=None):
+    """-> {name in a file: view of a tensor of state}, by default of the model's own"""
+    if state is None:
+        state = model.state_dict()
+    found = {}
+    for name, tensor in state.items():
+        found.update(on_disk(name, tensor))
+    return found
+
+
+def from_pretrained(model_class, config_class, directory, dtype=torch.float32, **overrides):
+    """A folder -> the model in dtype, with one copy of its weights in memory. overrides:
+    fields of the config that are to be others; weights that then do not fit are named."""
+    directory = Path(directory)
+    config = read_config(config_class, directory, **overrides)
+    weights = Weights(directory)
+    first_mtp = f'model.layers.{config.num_hidden_layers}.eh_proj.weight'
+    asked_for = 'num_nextn_predict_layers' in overrides
+    if config.num_nextn_predict_layers and first_mtp not in weights.shapes and not asked_for:
+        log.warning(f'{directory}: config.json promises MTP layers that no file has: loaded '
+                    'without')
+        config = replace(config, num_nextn_predict_layers=0)
+    with torch.device('meta'):
+        model = model_class(config)
+    check_leftovers(model, read_config(config_class, directory), model_class, weights)
+
+    state = {}
+    for name, empty in model.state_dict().items():
+        own_dtype = dtype
+        if name.endswith('e_score_correction_bias'):
+            own_dtype = torch.float32
+        state[name] = torch.empty(empty.shape, dtype=own_dtype)
+        for disk_name, part in on_disk(name, state[name]):
+            weights.copy_into(part, disk_name)
+    if config.attention == 'mla' and not rope_is_interleaved(directory):
+        pair_rope_rows(state, config)
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def rope_is_interleaved(directory):
+    return read_json(directory / 'config.json').get('rope_interleave', True)
+
+
+def pair_rope_rows(state, config):
+    """Rows that RoPE turns as halves (i, i + dr/2) go to where it turns pairs (2i, 2i + 1)."""
+    dr = config.qk_rope_head_dim
+    for name, tensor in state.items():
+        heads = config.num_attention_heads
+        if name.endswith('kv_a_proj_with_mqa.weight'):
+            heads = 1
+        elif not name.endswith(('q_proj.weight', 'q_b_proj.weight')):
+            continue
+        turned = tensor.unflatten(0, (heads, -1))[:, -dr:]                  # (heads, dr, in)
+        pairs = turned.unflatten(1, (2, dr // 2)).transpose(1, 2).flatten(1, 2)
+        turned.copy_(pairs)
+
+
+def check_leftovers(model, own_config, model_class, weights):
+    """ValueError for a tensor that the folder's own model has no place for: it would be
+    another model, and ours would give other logits without a word."""
+    known = set(named_views(model))
+    if own_config != model.config:                      # the caller asked for another model
+        with torch.device('meta'):
+            known |= set(named_views(model_class(own_config)))
+    for name in weights.shapes:
+        layer = re.match(r'model\.layers\.\d+\.', name)
+        mtp = layer is not None and f'{layer[0]}eh_proj.weight' in weights.shapes
+        harmless = name == 'lm_head.weight' or name.endswith('rotary_emb.inv_freq')
+        if name not in known and not mtp and not harmless:
+            raise ValueError(f'{weights.directory}: {name} has no place in a '
+                             f'{architecture_class(own_config)}: this is another model')
+
+
+def snapshot(model, dtype=None, state=None):
+    """-> copies on the CPU of all that a folder's safetensors hold. dtype: theirs by default;
+    the routers' biases stay float32. state: a state_dict in the place of the model's own"""
+    views = named_views(model, state)
+    if dtype is None:
+        dtype = model.head.dtype
+    embedding = views['model.embed_tokens.weight']
+    head = views.get('lm_head.weight', embedding)
+    for i in range(model.config.num_hidden_layers, len(model.model.layers)):
+        # published MTP layers bring these two
+        views[f'model.layers.{i}.embed_tokens.weight'] = embedding
+        views[f'model.layers.{i}.shared_head.head.weight'] = head
+    if model.config.attention == 'mla':
+        views['lm_head.weight'] = head                  # for engines that tie nothing
+    copies = {}
+    for name, tensor in views.items():
+        own_dtype = dtype
+        if name.endswith('e_score_correction_bias'):
+            own_dtype = tensor.dtype
+        copies[name] = tensor.to('cpu', own_dtype, copy=True)
+    return copies
+
+
+def save_pretrained(model, directory, dtype=None, shard_bytes=5e9, state=None):
+    """Writes config.json and safetensors, several above shard_bytes, and removes those of an
+    earlier model. state: what snapshot returned before, which is written instead"""
+    from huggingface_hub import save_torch_state_dict       # removes them
+    directory = Path(directory)
+    if state is None:
+        state = snapshot(model, dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / INDEX).exists():
+        (directory / INDEX).unlink()
+    save_torch_state_dict(state, directory, max_shard_size=int(shard_bytes))
+    values = config_json(model.config)
+    saved_dtype = str(state['model.norm.weight'].dtype).removeprefix('torch.')
+    values['dtype'] = saved_dtype
+    values['torch_dtype'] = saved_dtype
+    write_json(directory / 'config.json', values, indent=2)
+
+
+def write_json(file, values, indent=1):
+    text = json.dumps(values, indent=indent, ensure_ascii=False)
+    file.write_text(text + '\n', encoding='utf-8')
+
+
+# ---------------------------------------------------------------- what travels beside weights
+
+COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
+              'chat_template.jinja')
+
+
+def read_companions(directory):
+    """A model's folder -> {file: its text}, for write_companions of models that come from it"""
+    found = {}
+    for name in COMPANIONS:
+        file = Path(directory) / name
+        if file.is_file():
+            found[name] = file.read_text(encoding='utf-8')
+            if name.endswith('.json'):
+                read_json(file)                         # damaged: say so now
+    return found
+
+
+def write_companions(directory, tokenizer, config, companions):
+    """Writes the tokenizer's and the generation's files of a model. tokenizer: a
+    tokenizers.Tokenizer; companions: those of the model that it was made from, or {}. What
+    they say stays, but for what makes transformers 4 and 5 find other ids in a text."""
+    directory = Path(directory)
+    (directory / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
+    values = json.loads(companions.get('tokenizer_config.json', '{}'))
+    values.update({
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+        'add_bos_token': False, 'add_eos_token': False,
+        'model_max_length': config.max_position_embeddings,
+        'added_tokens_decoder': added_tokens(tokenizer)})
+    if config.bos_token_id is not None:
+        values.setdefault('bos_token', tokenizer.id_to_token(config.bos_token_id))
+    if config.stop_ids:
+        values.setdefault('eos_token', tokenizer.id_to_token(config.stop_ids[0]))
+    write_json(directory / 'tokenizer_config.json', values)
+
+    values = json.loads(companions.get('generation_config.json', '{}'))
+    values.setdefault('do_sample', True)
+    values.setdefault('temperature', 0.8)
+    if config.bos_token_id is not None:
+        values['bos_token_id'] = config.bos_token_id
+    stops = config.stop_ids + [i for i in as_list(values.get('eos_token_id'))
+                               if i not in config.stop_ids]
+    if len(stops) == 1:
+        values['eos_token_id'] = stops[0]
+    elif stops:
+        values['eos_token_id'] = stops
+    write_json(directory / 'generation_config.json', values)
+
+    for name in ('special_tokens_map.json', 'chat_template.jinja'):
+        if name in companions:
+            (directory / name).write_text(companions[name], encoding='utf-8')
+
+
+def added_tokens(tokenizer):
+    keys = ('content', 'lstrip', 'normalized', 'rstrip', 'single_word', 'special')
+    found = {}
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        found[i] = {key: getattr(token, key) for key in keys}
+    return found
+
+
+def as_list(value):
+    """eos_token_id is a number, a list or null"""
+    if value is None:
+        return []
+    if isinstance(value, int):
+        return [value]
+    return list(value)
+
+
+def stop_ids(directory, config):
+    """The ids at which generation with the model in a folder ends: those of its config.json
+    and of its generation_config.json."""
+    file = Path(directory) / 'generation_config.json'
+    more = []
+    if file.is_file():
+        more = as_list(read_json(file).get('eos_token_id'))
+    return config.stop_ids + [i for i in more if i not in config.stop_ids]
+
+
+# ---------------------------------------------------------------------------------- the Hub
+
+def hub_folder(name, files):
+    """A folder here, or those files of a repository on the Hugging Face Hub -> Path"""
+    if Path(name).is_dir():
+        return Path(name)
+    parent_is_here = '/' in name and Path(name).parent.is_dir()
+    if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name) or parent_is_here:
+        raise ValueError(f"'{name}': no such folder, and not the form of a Hub id")
+    import huggingface_hub
+    huggingface_hub.logging.set_verbosity_error()       # its retries say the same five times
+    if not sys.stderr.isatty():
+        huggingface_hub.utils.disable_progress_bars()
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        if not folder.is_dir():
+            raise FileNotFoundError(f'no {", ".join(files)} there')
+    except Exception as e:                              # whatever its layers raise
+        raise ValueError(f"'{name}' is no folder here, and the Hugging Face Hub did not give "
+                         f'it: {e}') from e
+    return folder

@@ -1,0 +1,342 @@
+"""Operations that have one plain meaning and a fast form.
+
+The indented line in a docstring says in plain PyTorch what is computed, and test_model.py
+compares the operation with exactly that line in float64. What stands here for the sake of a
+device, a dtype or torch.compile is nothing that the architecture in model.py needs to know.
+The dims in shape comments are those of model.py.
+"""
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def compute_dtype(x):
+    """The dtype that autocast would give x, for operations that autocast does not know."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def without_autocast(x):
+    """A context in which operations on tensors like x keep their own dtype."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def decoding_kernels(rows):
+    """A context for the forward pass of so many tokens: for a single one, oneDNN's matmuls
+    are slower on a CPU than torch's own matrix-vector products."""
+    enabled = None                  # as it is
+    if rows == 1:
+        enabled = False
+    return torch.backends.mkldnn.flags(enabled, None, None, None)
+
+
+# ------------------------------------------------------------------------------- attention
+
+QUERIES_OF_A_BLOCK = 128
+SHORT_CONTEXT = 512                 # up to here matmuls beat the fused kernel of a CPU
+
+
+def attention(q, k, v, scale, mask=None):
+    """Softmax attention, causal unless a mask of document_mask is given instead.
+
+        (q @ k.mT * scale + mask).softmax(-1) @ v
+
+    q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv). Each key head serves
+    H / G query heads in a row. Queries are the last T of S positions: query t sees the keys
+    up to S - T + t. Before old keys (T < S), the mask must be None.
+    """
+    T, d = q.shape[-2:]
+    S, dv = v.shape[-2:]
+    grouped = q.shape[1] != k.shape[1]
+    if callable(mask):
+        return mask(q, k, v, scale=scale, enable_gqa=grouped)
+    if T == 1 and d == dv:
+        return attention_of_one_query(q, k, v, scale)
+    if T < S or (q.device.type == 'cpu' and S <= SHORT_CONTEXT):
+        return attention_in_blocks(q, k, v, scale, mask)
+    v = F.pad(v, (0, max(d - dv, 0)))           # flash kernels want one size for q, k and v
+    y = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return y[..., :dv]
+
+
+def attention_of_one_query(q, k, v, scale):
+    """attention() for T = 1, where nothing is masked: the H / G heads that share a key are
+    so many queries of one head."""
+    B, H, T, d = q.shape
+    q = q.reshape(B, k.shape[1], -1, d)                                     # (B, G, H/G, d)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).view(B, H, 1, d)
+
+
+def attention_in_blocks(q, k, v, scale, mask=None):
+    """attention() by plain matmuls. A block of queries takes only the keys that its last
+    query may see, so that nearly half of the causal square is never computed."""
+    B, H, T, d = q.shape
+    G, S = k.shape[1:3]
+    if mask is None:
+        mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+    block = T
+    softmax_dtype = torch.float32
+    if T == S:
+        block = QUERIES_OF_A_BLOCK
+        softmax_dtype = None                    # in training, float32 would cost too much
+    q = q * scale
+    outputs = []
+    for i, (queries, own_mask) in enumerate(zip(q.split(block, 2), mask.split(block, -2))):
+        end = S - T + (i + 1) * block
+        queries = queries.reshape(B, G, -1, d)                         # (B, G, H/G*block, d)
+        scores = (queries @ k[:, :, :end].mT).view(B, H, -1, min(end, S))
+        scores = scores + own_mask[..., :end]                             # (B, H, block, end)
+        weights = scores.softmax(-1, dtype=softmax_dtype).to(v.dtype)
+        weights = weights.view(B, G, -1, weights.shape[-1])
+        outputs.append((weights @ v[:, :, :end]).view(B, H, -1, v.shape[-1]))
+    return torch.cat(outputs, 2)                                              # (B, H, T, dv)
+
+
+def document_mask(documents, dtype, flex=None):
+    """The mask with which attention() lets a token see the past of its own document only.
+
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        torch.where(same.tril(), 0.0, -math.inf)
+
+    documents (B, T): the number of each token's document. -> additive (B, 1, T, T) in dtype,
+    or on a GPU (flex) a FlexAttention function, which never makes the square.
+    """
+    if flex is None:
+        flex = documents.is_cuda
+    if flex:
+        return flex_document_mask(documents)
+    same = documents[:, None, :, None] == documents[:, None, None, :]         # (B, 1, T, T)
+    return torch.where(same.tril(), 0.0, -math.inf).to(dtype)
+
+
+def flex_document_mask(documents):
+    """The same as a function of q, k, v that attention() calls."""
+    def visible(b, h, t, s):
+        return (s <= t) & (documents[b, t] == documents[b, s])
+
+    B, T = documents.shape
+    block_mask = create_block_mask(visible, B, None, T, T, documents.device)
+    call = flex_attention
+    if documents.is_cuda and not torch.compiler.is_compiling():
+        call = torch.compile(flex_attention)            # eager, it would make the square
+    return functools.partial(call, block_mask=block_mask)
+
+
+# --------------------------------------------------------------------------------- experts
+
+class Dispatch(NamedTuple):
+    """The N * K choices of N tokens, sorted by expert into M rows: M = N * K, or more where
+    gaps stand between the experts."""
+    source: torch.Tensor    # (M,) the choice in a row, token * K + k; a gap holds choice 0
+    row: torch.Tensor       # (N, K) the row of each choice
+    ends: torch.Tensor      # (E,) int32, where each expert's rows end
+    load: torch.Tensor      # (E,) how many tokens chose each expert
+
+    def gather(self, x):
+        """x (N, D) -> its rows (M, D):
+
+            x[source // K]
+        """
+        return GatherRows.apply(x, self.source // self.row.shape[1], self.row)
+
+    def gather_weights(self, weights):
+        """weights (N, K) -> (M, 1), which are 0 in gaps:
+
+            zeros(M).scatter(0, row.flatten(), weights.flatten())
+        """
+        zeros = weights.new_zeros(len(self.source))
+        return zeros.scatter(0, self.row.flatten(), weights.flatten())[:, None]
+
+    def combine(self, rows):
+        """rows (M, D) -> the sum over each token's choices (N, D):
+
+            rows[row].sum(1)
+        """
+        N, K = self.row.shape
+        rows = GatherRows.apply(rows, self.row.flatten(), self.source[:, None])   # (N*K, D)
+        return sum(rows.view(N, K, -1).unbind(1))
+
+
+def sort_by_expert(ids, E):
+    """ids (N, K) of the chosen experts -> Dispatch. Nothing waits for the GPU: all shapes
+    follow from N, K and E alone."""
+    N, K = ids.shape
+    expert, order = ids.flatten().sort(stable=True)                            # (N*K,) each
+    experts = torch.arange(E, device=ids.device)
+    ends = torch.searchsorted(expert, experts, right=True)                            # (E,)
+    load = ends.diff(prepend=ends.new_zeros(1))
+    multiple = rows_multiple(ids, E)
+    M = (N * K + E * (multiple - 1)) // multiple * multiple
+    rows = (load + multiple - 1) // multiple * multiple            # (E,) load and gap of each
+    row_ends = rows.cumsum(0)
+    shift = row_ends - rows - (ends - load)             # (E,) how far gaps move its first row
+    slot = torch.arange(N * K, device=ids.device) + shift[expert]                   # (N*K,)
+    row_ends[-1] = M
+    row = torch.empty_like(order).scatter_(0, order, slot)
+    source = order.new_zeros(M).scatter_(0, slot, order)
+    return Dispatch(source, row.view(N, K), row_ends.int(), load)
+
+
+def rows_multiple(ids, E):
+    """Each expert gets a multiple of so many rows. oneDNN compiles a matmul for every new
+    number of rows, half a millisecond and half a megabyte each: gaps leave few of them."""
+    if ids.device.type == 'cpu' and ids.numel() > 64 * E:
+        return 64 * max(ids.numel() // E // 512, 1)
+    return 1
+
+
+class GatherRows(torch.autograd.Function):
+    """x[index], where copies (len(x), n) are the n places that each row of x went to. So the
+    gradient is a gather as well: autograd's own adds into rows, which is slow on a CPU and in
+    no fixed order on a GPU."""
+    @staticmethod
+    def forward(ctx, x, index, copies):
+        ctx.save_for_backward(copies)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        copies, = ctx.saved_tensors
+        return sum(grad.index_select(0, places) for places in copies.unbind(1)), None, None
+
+
+def grouped_linear(x, weight, ends):
+    """A linear layer for each group of rows.
+
+        torch.cat([F.linear(rows, w) for rows, w in zip(x.tensor_split(ends[:-1]), weight)])
+
+    x (M, in) sorted by group, weight (E, out, in), ends (E,) int32: where each group's rows
+    end, the last one M -> (M, out)
+    """
+    aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
+    known = x.device.type in ('cpu', 'cuda')
+    eager_or_bfloat16 = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
+    if aligned and known and eager_or_bfloat16:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    groups = x.tensor_split(ends[:-1].cpu().long())
+    return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight)])
+
+
+def few_choices(ids, E):
+    """Whether decoding so few tokens is quicker expert by expert than sorted: no more
+    choices than experts, and where reading an expert's weights needs no copy of them."""
+    return ids.numel() <= E and (ids.device.type == 'cpu' or torch.compiler.is_compiling())
+
+
+def experts_one_by_one(x, weights, ids, gate_up_proj, down_proj):
+    """The experts for few tokens; reads the weights of the chosen experts only.
+
+        sum(w * F.linear(F.silu(gate) * up, down_proj[e]) for each choice e, w of a token)
+
+    x (N, D), weights and ids (N, K), gate_up_proj (E, 2I, D), down_proj (E, D, I) -> (N, D)
+    """
+    N, K = ids.shape
+    dtype = compute_dtype(x)
+    rows = x.repeat_interleave(K, 0).to(dtype)                                    # (N*K, D)
+    gate, up = chosen_linear(rows, gate_up_proj, ids.flatten()).chunk(2, -1)      # (N*K, I)
+    rows = F.silu(gate) * up * weights.to(dtype).view(-1, 1)
+    return chosen_linear(rows, down_proj, ids.flatten()).view(N, K, -1).sum(1)
+
+
+def chosen_linear(rows, weight, chosen):
+    """A linear layer of its own for each row.
+
+        torch.cat([F.linear(row, weight[e]) for row, e in zip(rows.split(1), chosen)])
+
+    rows (n, in), weight (E, out, in), chosen (n,) -> (n, out)
+    """
+    if torch.compiler.is_compiling():           # where weight[chosen] is fused, not copied
+        return (weight[chosen] @ rows[..., None])[..., 0]
+    pairs = zip(rows.split(1), chosen.tolist())
+    return torch.cat([F.linear(row, weight[e]) for row, e in pairs])
+
+
+# ------------------------------------------------------------------------------------ loss
+
+LOGITS_OF_A_CHUNK = 2**26
+
+
+def linear_cross_entropy(h, weight, targets):
+    """The mean cross-entropy of a linear head, in nats.
+
+        F.cross_entropy(F.linear(h, weight).float(), targets, ignore_index=-100)
+
+    h (N, D), weight (V, D), targets (N,), below 0: ignored; 0 where all are. The logits
+    exist in chunks of rows, and each chunk leaves its gradients before it goes: nothing is
+    computed twice, and no whole (N, V) is ever in memory.
+    """
+    total = LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled())
+    return total / (targets >= 0).sum().clamp(min=1)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum instead of the mean. A second backward pass through it is refused by autograd,
+    as the gradients are scaled in place."""
+    @staticmethod
+    def forward(ctx, h, weight, targets, with_gradients):
+        dtype = compute_dtype(h)
+        weight = weight.to(dtype)
+        chunk = max(LOGITS_OF_A_CHUNK // len(weight), 256)
+        loss = 0.0
+        grads_h = []
+        grad_weight = None
+        for x, target in zip(h.to(dtype).split(chunk), targets[:, None].split(chunk)):
+            counts = target >= 0                                                  # (rows, 1)
+            target = target.clamp(min=0)
+            log_p = F.linear(x, weight).float().log_softmax(-1)                   # (rows, V)
+            loss = loss - (log_p.gather(1, target) * counts).sum()
+            if with_gradients:
+                grad = softmax_less_one_hot(log_p, target, counts).to(dtype)
+                grads_h.append(grad @ weight * counts)
+                of_chunk = grad.mT @ (x * counts)                                    # (V, D)
+                if grad_weight is None:
+                    grad_weight = of_chunk.float()
+                else:
+                    grad_weight.add_(of_chunk)
+                del grad, of_chunk
+            del log_p               # or it would be in memory beside that of the next chunk
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(grads_h), grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_h, grad_weight = ctx.saved_tensors
+        return grad_h.mul_(grad), grad_weight.mul_(grad), None, None
+
+
+def softmax_less_one_hot(log_p, target, counts):
+    """log_p (rows, V), target and counts (rows, 1) -> the gradient of the logits (rows, V),
+    in rows that count. Eager, log_p is overwritten."""
+    if torch.compiler.is_compiling():           # what fuses
+        return log_p.exp() - F.one_hot(target[:, 0], log_p.shape[1])
+    return log_p.exp_().scatter_add_(1, target, -counts.float())
+
+
+# --------------------------------------------------------------------------------- buffers
+
+def tensors_beside(weight):
+    """A context in which new tensors are made where weight is. A weight on the meta device
+    waits for its values: tables beside it are real already, on the CPU."""
+    if weight.is_meta:
+        return torch.device('cpu')
+    return weight.device
+
+
+def apply_exactly_to_buffers(module, apply, fn):
+    """What nn.Module._apply(fn) does to a module, but no buffer changes its dtype: a model
+    in bfloat16 keeps float32 router biases and rotation angles, to the last bit."""
+    before = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
+    apply(fn)
+    for m, name, b in before:
+        moved = m._buffers[name]
+        if b.is_meta:
+            m._buffers[name] = moved.to(b.dtype)
+        else:
+            m._buffers[name] = b.to(moved.device)
