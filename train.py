@@ -32,7 +32,6 @@ from safetensors import SafetensorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import config
@@ -81,10 +80,6 @@ class Settings:
     max_rollbacks: int = 3              # so often; then it stops
     resume: str = 'auto'                # auto: from out_dir's newest checkpoint; never: start over; or a checkpoint
     init_from: str | None = None        # start from the weights of this Hugging Face folder or Hub id
-    distill_from: str | None = None     # learn also from the next-token distributions of this model, a folder or Hub id
-    distill_weight: float = 1.0         # weight of that loss, the KL divergence from them, beside the training loss
-    freeze: str = ''                    # parameters with one of these in their names stay: 'embed_tokens,.mlp.'
-    freeze_steps: int = 0               # so many steps long, then all are trained; 0: in the whole run
     wandb: bool = False                 # also log to Weights & Biases
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
@@ -92,8 +87,7 @@ class Settings:
         rules = {'at least 1': (lambda v: v >= 1, 'batch_size block_size log_interval eval_interval '
                                                   'checkpoint_interval max_bad_steps'),
                  'at least 0': (lambda v: v >= 0, 'global_batch_size max_steps warmup_steps eval_steps sample_interval '
-                                                  'keep_checkpoints max_rollbacks grad_clip weight_decay '
-                                                  'distill_weight freeze_steps'),
+                                                  'keep_checkpoints max_rollbacks grad_clip weight_decay'),
                  'above 0': (lambda v: v > 0, 'learning_rate eps'),
                  'at least 0 and at most 1': (lambda v: 0 <= v <= 1, 'min_lr_frac decay_frac'),
                  'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2')}
@@ -251,35 +245,6 @@ def build_model(s, given, found, data):
         check_same(found, name, getattr(model.config, name), getattr(config, name))
     return model
 
-def build_teacher(s, model, data, dist):
-    """-> the model that distill_from names, or None"""
-    if not s.distill_from:
-        return None
-    if dist.sharded:
-        raise ValueError('distill_from and parallel=fsdp: the head would be in shards: take parallel=ddp')
-    if s.compile is True:
-        raise ValueError('distill_from and compile=true: not together, take compile=false')
-    teacher = Transformer.from_pretrained(folder := hub_folder(s.distill_from, MODEL_FILES))
-    V, most = teacher.config.vocab_size, teacher.config.max_position_embeddings
-    if V != model.config.vocab_size or most < s.block_size:
-        raise ValueError(f'distill_from={s.distill_from}: it has vocab_size={V:,} and a context of {most:,} tokens, '
-                         f'wanted are {model.config.vocab_size:,} and block_size={s.block_size:,}')
-    check_tokenizer(s, folder, data, 'distill_from')
-    return teacher.requires_grad_(False).eval()
-
-def frozen(model, s, step):
-    """The parameters that do not change in this step"""
-    names = [name for name in s.freeze.split(',') if name] if not s.freeze_steps or step < s.freeze_steps else []
-    return [p for name, p in model.named_parameters() if any(part in name for part in names)]
-
-def divergence(h, weight, theirs, their_weight):
-    """States h (N, D) and theirs (N, D'), heads (V, D) and (V, D') -> the mean KL divergence, in nats, of the
-    next-token distributions from theirs. The logits exist in chunks, as in model.cross_entropy"""
-    rows, logs = max(2**25 // len(weight), 128), lambda h, w: F.linear(h, w.to(h.dtype)).float().log_softmax(-1)
-    total = lambda h, t: F.kl_div(logs(h, weight), logs(t, their_weight), reduction='sum', log_target=True)
-    again = lambda *chunk: recomputed(total, *chunk, use_reentrant=False)
-    return sum(map(again, h.split(rows), theirs.split(rows))) / len(h)
-
 def parameter_groups(model, s):
     """Matrices decay, norms do not. rows: for Muon, the heights of the blocks of rows that are matrices of their own (a
     head's, the gate's and the up projection's), again and again; () for AdamW: embedding, head, norms, routers"""
@@ -321,7 +286,7 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             shapes = {}
             for p in group['params'] if group['rows'] else ():
-                if p.grad is not None:                  # of a frozen one
+                if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():        # many at a time, but not everything at once
                 most = max(2**26 // shape.numel(), 1)
@@ -368,17 +333,17 @@ def check_sizes(s, c, data):
         raise ValueError(f'doc_attention_mask=true: a text of dataset={s.dataset} ends with token {data.eot_id}, for '
                          f'the model with eos_token_id={c.eos_token_id}: set --eos_token_id={data.eot_id}')
 
-def check_tokenizer(s, folder, data, setting='init_from'):
+def check_tokenizer(s, folder, data):
     """A model knows its own tokens only: the same ids that mean something else would train, and badly"""
     if not (folder / 'tokenizer.json').is_file():
         return
-    theirs, name = load_tokenizer(folder), getattr(s, setting)
+    theirs = load_tokenizer(folder)
     for token, i in load_tokenizer(data.directory).get_vocab().items():
         if theirs.token_to_id(token) != i:
-            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than {setting}={name}, where '
+            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, where '
                              f'{token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
                              f'{" and ".join(d.meta["source"]["name"] for d, _ in data.sources.values())} '
-                             f'--tokenizer={name} --out_dir=data/NAME')
+                             f'--tokenizer={s.init_from} --out_dir=data/NAME')
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
@@ -780,7 +745,7 @@ def check_same(found, name, old, new):
 # ----------------------------------------------------------------------------------------------------------- the run
 
 def wants_compile(s, device):
-    return s.compile is True or s.compile == 'auto' and device.type == 'cuda' and not s.distill_from
+    return s.compile is True or s.compile == 'auto' and device.type == 'cuda'
 
 def compiled(model, forward, s, device, amp):
     """forward compiled where that is wanted and works, else as it is, and a line that says so"""
@@ -856,14 +821,11 @@ def setup(s, model_settings, dist):
                 'data': data.fingerprint()}
     found = dist.first(lambda: find_resume(s, identity))
     model = build_model(s, given, found, data)
-    if s.freeze and len(frozen(model, s, 0)) in (0, len(list(model.parameters()))):
-        raise ValueError(f'freeze={s.freeze}: names {"none" if not frozen(model, s, 0) else "all"} of the parameters, '
-                         'which are called model.layers.0.self_attn.q_proj.weight and so on')
     if s.fp8:
         to_fp8(model, s.fp8)
-    return SimpleNamespace(s=s, dist=dist, data=data, model=model, teacher=build_teacher(s, model, data, dist),
-                           device=device, dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0,
-                           rollbacks=0, bad=0, history=[], losses={}, about={}, writing=None, caught=[], stop=False)
+    return SimpleNamespace(s=s, dist=dist, data=data, model=model, device=device, dtype=dtype, found=found,
+                           identity=identity, batch=batch, step=0, skipped=0, rollbacks=0, bad=0, history=[], losses={},
+                           about={}, writing=None, caught=[], stop=False)
 
 def clear(s, found, step):
     """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
@@ -881,9 +843,6 @@ def start(run):
     model.to(device).train()
     model.gradient_checkpointing, model.doc_attention_mask = s.gradient_checkpointing, s.doc_attention_mask
     forward = run.dist.wrap(model)
-    if run.teacher:
-        run.teacher.to(device, dtype).doc_attention_mask = s.doc_attention_mask
-        model.model.norm.register_forward_hook(lambda norm, x, h: setattr(run, 'states', h))
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     run.optimizer = make_optimizer(s, model, dtype, run.dist)
@@ -953,19 +912,9 @@ def micro_steps(run):
         with run.dist.accumulate(last=micro == run.accumulation - 1):
             with run.amp():
                 _, loss = run.forward(x, y)
-                if run.teacher:
-                    loss = loss + s.distill_weight * distillation(run, x)
             run.scaler.scale(loss / run.accumulation).backward()
         losses = {k: losses.get(k, 0) + v / run.accumulation for k, v in run.model.losses.items()}
     return losses
-
-def distillation(run, x):
-    """tokens x (B, T), which the model has just seen -> its divergence from the teacher, also put beside its losses"""
-    with torch.no_grad():
-        theirs, _ = run.teacher.hidden(x)
-    loss = divergence(run.states.flatten(0, 1), run.model.head, theirs.flatten(0, 1), run.teacher.head)
-    run.model.losses['distill'] = loss.detach()
-    return loss
 
 def update(run, losses):
     """The optimizer's step and the routers', unless loss or gradient are not finite -> norm of the gradient, expert
@@ -976,8 +925,6 @@ def update(run, losses):
     if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
         run.caught.append(f'max_minutes={s.max_minutes:g}')
     scaler.unscale_(run.optimizer)
-    for p in frozen(model, s, run.step):
-        p.grad = None
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     whole = dist.whole(total).float()
     caught = whole.new_tensor(float(len(run.caught)))
