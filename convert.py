@@ -13,12 +13,12 @@ Dims are those of model.py. A pair that RoPE turns is written as a complex numbe
 with its frequency w; so keys and queries are complex rows, (d/2, D), and a score is Re sum_j conj(q_j) k_j exp(i w_j
 (s-t)). What maps a pair to a pair by a complex factor commutes with RoPE.
 """
+import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
+
 import json, os, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # see train.py
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from safetensors import SafetensorError
 
 import config
 from model import Transformer, read_folder
+from nanoseek.estimate import parameter_table
 from prepare import MODEL_FILES, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
-from train import parameter_table
 
 @dataclass
 class Settings:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
+from nanoseek.estimate import Live, flops_per_token, parameter_table
 from model import Block, Cache, Config, Experts, Transformer, cross_entropy, rope_table, sample
 from sample import compile_decoding
 from support import asset
@@ -549,7 +549,7 @@ def test_cross_entropy_equals_float64_in_one_and_in_two_chunks(n, vocab, toleran
 
 def test_logits_are_computed_once_and_never_in_memory_as_a_whole():
     h, weight, targets = torch.randn(1024, 4), torch.randn(2**18, 4), torch.randint(2**18, (1024,))
-    with FlopCounterMode(display=False) as counter, train.Live() as live:
+    with FlopCounterMode(display=False) as counter, Live() as live:
         cross_entropy(h.requires_grad_(), weight.requires_grad_(), targets).backward()
     assert counter.get_total_flops() == 3 * 2 * 1024 * 4 * 2**18
     assert live.peak < 4 * 1024 * 2**18 * 0.6                # four chunks, two copies of one at once
@@ -640,7 +640,7 @@ def test_parameter_counts_by_hand():
     smollm2 = Config(attention='gqa', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                      num_attention_heads=9, num_key_value_heads=3)
     with torch.device('meta'):
-        table = train.parameter_table(Transformer(smollm2))
+        table = parameter_table(Transformer(smollm2))
     assert table['total'] == table['active'] == 134_515_008  # as published
     model, expert = make('mla-qlora-yarn', num_nextn_predict_layers=1), 3 * 48 * 40
     parts = dict(attention=4 * (48 * 22 + 22 * 6 * 20 + 48 * (20 + 8) + 20 * 6 * (12 + 14) + 6 * 14 * 48),
@@ -648,7 +648,7 @@ def test_parameter_counts_by_hand():
                  embedding=2 * V * 48, mtp=2 * 48 * 48)
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(parts.values())
-    assert train.parameter_table(model) == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
+    assert parameter_table(model) == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
 
 
 @attentions
@@ -660,7 +660,7 @@ def test_flops_per_token_equal_the_counted_ones(attention, feed, mtp, tied):
     model = make(attention, feed, hidden_size=50, num_nextn_predict_layers=mtp, tie_word_embeddings=tied).train()
     with FlopCounterMode(display=False) as counter:
         gradients(model, *batch(1, 128))
-    assert train.flops_per_token(model, 128) == pytest.approx(counter.get_total_flops() / 128, rel=0.02)
+    assert flops_per_token(model, 128) == pytest.approx(counter.get_total_flops() / 128, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- Files, and transformers
