@@ -7,6 +7,8 @@
 
 Measures in turn, after a warm-up, and prints medians and ratios; run nothing else meanwhile.
 """
+import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
+
 import contextlib, functools, importlib.util, json, os, platform, re, shutil, statistics, subprocess, sys, tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +23,9 @@ from torch import nn
 
 import config, prepare, train
 from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
+from nanoseek.device import check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device, to_fp8, wants_compile
+from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
+from nanoseek.optim import make_optimizer
 from sample import compile_decoding
 
 HERE = Path(__file__).resolve().parent
@@ -59,7 +64,7 @@ def machine(device, dtype):
     cpu = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text()) if sys.platform == 'linux' else None
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu[1] if cpu else platform.processor()
     return {'device': device.type, 'name': name, 'cores': os.cpu_count(), 'torch': torch.__version__,
-            'dtype': str(dtype)[6:], 'matmul_flops': train.matmul_rate(device, dtype), 'copy_bytes': copy_rate(device)}
+            'dtype': str(dtype)[6:], 'matmul_flops': matmul_rate(device, dtype), 'copy_bytes': copy_rate(device)}
 
 def copy_rate(device):
     """Bytes/s of a large copy, each byte counted twice, as it is read and written"""
@@ -114,7 +119,7 @@ def trainer(model, loss_of, vocab_size, t, device, dtype, optimizer, mark=lambda
 
 def own_loss(model, t, device, dtype):
     model.gradient_checkpointing, model.doc_attention_mask = t.gradient_checkpointing, t.doc_attention_mask
-    forward, problem = train.compiled(model, model, t, device, lambda: autocast(device, dtype))
+    forward, problem = compiled(model, model, t, device, lambda: autocast(device, dtype))
     if problem:                     # going on would measure something else than what the table says
         raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
     return lambda x, y: forward(x, y)[1]
@@ -193,9 +198,9 @@ def parts_of_step(s, t, model, device, dtype):
     with contextlib.suppress(prepare.NoDataset):
         data, number = prepare.open_data(t.dataset), iter(range(0, 2**62, t.batch_size))
         rows = lambda: range(n := next(number), n + t.batch_size)
-        fetch = lambda: train.to_device(data.batch('train', rows(), t.block_size, t.seed), device)
+        fetch = lambda: to_device(data.batch('train', rows(), t.block_size, t.seed), device)
         source = t.dataset if isinstance(t.dataset, str) else ' + '.join(t.dataset)
-    parts, optimizer = Parts(model, device), train.make_optimizer(t, model, dtype, train.OneDevice())
+    parts, optimizer = Parts(model, device), make_optimizer(t, model, dtype)
     own_step = functools.partial(trainer, model, lambda x, y: model(x, y)[1], model.config.vocab_size, t, device, dtype,
                                  optimizer, fetch=fetch)
     step = own_step(mark=parts.mark)
@@ -208,12 +213,12 @@ def parts_of_step(s, t, model, device, dtype):
 
 def step_memory(t, c):
     """Prints the bytes that three training steps need at most, without Python and torch: what a tiny model's need"""
-    device, dtype = train.pick_device(t)
+    device, dtype = pick_device(t)
     tiny = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, n_routed_experts=4, num_experts_per_tok=2)
     for config, settings in ((tiny, replace(t, batch_size=2, block_size=64)), (c, t)):
         before = 0 if device.type == 'cuda' or config is tiny else peak_bytes(device)
         model = Transformer(config).to(device).train()
-        loss, optimizer = (lambda x, y: model(x, y)[1]), train.make_optimizer(t, model, dtype, train.OneDevice())
+        loss, optimizer = (lambda x, y: model(x, y)[1]), make_optimizer(t, model, dtype)
         model.gradient_checkpointing = t.gradient_checkpointing
         step = trainer(model, loss, config.vocab_size, settings, device, dtype, optimizer)
         for _ in range(3):
@@ -223,7 +228,7 @@ def step_memory(t, c):
 def peak_bytes(device):
     file = Path('/proc/self/status')        # ru_maxrss begins with that of the process that started this one
     if device.type == 'cuda' or not file.exists():
-        return int(train.peak_memory(device) * 2**20)
+        return int(peak_memory(device) * 2**20)
     return int(re.search(r'VmHWM:\s*(\d+)', file.read_text())[1]) * 1024
 
 def measured_memory(t, c):
@@ -297,7 +302,7 @@ def transformers_contenders(model, t, device, dtype, folder):
     from transformers import AutoModelForCausalLM, logging
     logging.disable_progress_bar()
     load = functools.partial(AutoModelForCausalLM.from_pretrained, folder)
-    total, flops = train.parameter_table(model)['total'], train.flops_per_token(model, t.block_size)
+    total, flops = parameter_table(model)['total'], flops_per_token(model, t.block_size)
     for kind in ('eager', 'batched_mm', 'grouped_mm') if model.moe_layers else ('eager',):
         options, step = {'experts_implementation': kind} if model.moe_layers else {}, None
         if kind != 'batched_mm':    # training with it is slow
@@ -318,7 +323,7 @@ def nanogpt_contender(path, longest, c, t, device, dtype):
                                                     c.num_attention_heads, c.hidden_size, bias=False)).to(device)
         model, fast = build().train(), build().to(dtype).eval()
         optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), device.type)
-    forward = torch.compile(model) if train.wants_compile(t, device) else model
+    forward = torch.compile(model) if wants_compile(t, device) else model
     step = trainer(model, lambda x, y: forward(x, y.contiguous())[1], c.vocab_size, t, device, dtype, optimizer)
 
     def stream(idx, n):             # it has no cache, so that one call for n tokens is n calls for one
@@ -333,13 +338,13 @@ def contenders(s, t, model, longest, device, dtype, folder):
     if that is another; ours without experts but with the same active FLOPs; the others"""
     c = model.config
     own, loss_of = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval(), own_loss(model, t, device, dtype)
-    if train.wants_compile(t, device) and (problem := compile_decoding(own)):
+    if wants_compile(t, device) and (problem := compile_decoding(own)):
         raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
     train_on = functools.partial(trainer, vocab_size=c.vocab_size, t=t, device=device, dtype=dtype)
-    count = lambda m: (train.parameter_table(m)['total'], train.flops_per_token(m, t.block_size))
+    count = lambda m: (parameter_table(m)['total'], flops_per_token(m, t.block_size))
     yield 'nanoseek', train_on(model, loss_of, optimizer=adamw(model, device)), decoder(own.stream), *count(model)
     if t.optimizer != 'adamw':
-        optimizer = train.make_optimizer(t, model, dtype, train.OneDevice())
+        optimizer = make_optimizer(t, model, dtype)
         yield f'nanoseek, {t.optimizer}', train_on(model, loss_of, optimizer=optimizer), None, *count(model)
     if model.moe_layers:
         other = Transformer(dense(c)).to(device).train()
@@ -354,13 +359,13 @@ def contenders(s, t, model, longest, device, dtype, folder):
 
 def measure(s, t, given, folder):
     """-> all that is measured of a model, as JSON has it"""
-    device, dtype = train.pick_device(t)
+    device, dtype = pick_device(t)
     if t.fp8:
-        train.check_fp8(t.fp8, device, dtype)
+        check_fp8(t.fp8, device, dtype)
     c = Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}})
     found = {'machine': machine(device, dtype), 'settings': {**asdict(s), **asdict(t), **asdict(c)},
-             'model': train.architecture(c)}
-    estimate, measured = sum(train.memory_estimate(t, c, dtype)), measured_memory(t, c)
+             'model': architecture(c)}
+    estimate, measured = sum(memory_estimate(Transformer, c, t, dtype, device.type)), measured_memory(t, c)
     found['memory'] = {'estimate_bytes': estimate, 'measured_bytes': measured,
                        'ratio': estimate / measured if measured else None}
     found['cache'] = cache_rows(c, dtype)
@@ -368,7 +373,7 @@ def measure(s, t, given, folder):
     model = Transformer(c)
     model.save_pretrained(folder)
     if t.fp8:
-        train.to_fp8(model, t.fp8)
+        to_fp8(model, t.fp8)
     model.to(device).train()
     contexts = sorted({min(n, c.max_position_embeddings - s.new_tokens) for n in s.numbers('contexts')})
     if contexts[0] < 1:

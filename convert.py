@@ -13,12 +13,12 @@ Dims are those of model.py. A pair that RoPE turns is written as a complex numbe
 with its frequency w; so keys and queries are complex rows, (d/2, D), and a score is Re sum_j conj(q_j) k_j exp(i w_j
 (s-t)). What maps a pair to a pair by a complex factor commutes with RoPE.
 """
+import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
+
 import json, os, shutil, sys, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # see train.py
 
 import numpy as np
 import torch
@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 import config
-from model import Transformer, read_folder
-from prepare import MODEL_FILES, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
-from train import parameter_table
+from model import Config, Transformer
+from nanoseek import hf
+from nanoseek.estimate import parameter_table
+from prepare import encode, load_tokenizer, open_data
 
 @dataclass
 class Settings:
@@ -150,8 +151,8 @@ def texts(s, folder):
 
 def plan(s):
     """Everything that a user's mistake can stop -> the model's folder, and texts(s)"""
-    folder = hub_folder(s.model, MODEL_FILES)
-    check(s, read_folder(folder)[0])
+    folder = hf.hub_folder(s.model, hf.MODEL_FILES)
+    check(s, hf.read_config(Config, folder))
     return folder, *texts(s, folder)
 
 # ------------------------------------------------------------------------------------------------------ dense -> MoE
@@ -436,7 +437,7 @@ def write(model, s, source, report, began):
             d = json.loads((tmp / 'config.json').read_text())
             d['rope_parameters'] = longrope(c, report.heads)
             (tmp / 'config.json').write_text(json.dumps(d, indent=2) + '\n')
-        save_tokenizer(source, tmp, c.bos_token_id, c.eos_token_id, c.max_position_embeddings)
+        hf.write_companions(tmp, load_tokenizer(source), c, hf.read_companions(source))
         found = {'settings': asdict(s), 'stages': report.rows, 'seconds': round(time.perf_counter() - began, 1),
                  'loads_in': 'transformers' if s.exact and report.heads > 1 else 'nanoseek, transformers'}
         (tmp / 'convert.json').write_text(json.dumps(found, indent=1) + '\n')

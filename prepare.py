@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
+from nanoseek.hf import hub_folder
 
 VERSION = 2                                     # of the files' format, in meta.json; 1 had no shards
 DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
@@ -37,7 +38,6 @@ CODE_TOKENS = [f'<|im_{x}|>' for x in ('start', 'end')] + [f'<{x}>' for x in (
     'jupyter_code jupyter_output empty_output').split()]
 
 SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M'
-MODEL_FILES = ['config.json', 'model*.safetensors', 'tokenizer.json']   # what we read of a model on the Hub
 
 HERE = Path(__file__).resolve().parent
 CHAR_RNN = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
@@ -1099,38 +1099,6 @@ def encode(tokenizer, text):
 def decode(tokenizer, ids):
     """ids -> text, with special tokens spelled out"""
     return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
-
-def save_tokenizer(source, directory, bos_id, eos_id, model_max_length):
-    """Put the tokenizer.json of source (a folder) into directory, and a tokenizer_config.json with which transformers
-    4 and 5 make the same ids. bos_id and eos_id may be None; neither is added to a text."""
-    tokenizer, directory = load_tokenizer(source), Path(directory)
-    named = {'bos_token': bos_id, 'eos_token': eos_id}
-    named = {name: tokenizer.id_to_token(i) for name, i in named.items() if i is not None}
-    keys = ('content', 'lstrip', 'normalized', 'rstrip', 'single_word', 'special')
-    added = {i: {key: getattr(t, key) for key in keys} for i, t in tokenizer.get_added_tokens_decoder().items()}
-    about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-             'add_bos_token': False, 'add_eos_token': False, 'model_max_length': model_max_length, **named,
-             'added_tokens_decoder': added}
-    (directory / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
-    (directory / 'tokenizer_config.json').write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding='utf-8')
-
-def hub_folder(name, files):
-    """A folder here, or those files of a repository of the Hugging Face Hub -> Path"""
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', name) or '/' in name and Path(name).parent.is_dir():
-        raise ValueError(f"'{name}': no such folder, and not the form of a Hub id")
-    import huggingface_hub
-    huggingface_hub.logging.set_verbosity_error()               # its retries would say the same five times
-    if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-        if not folder.is_dir():
-            raise FileNotFoundError(f'no {", ".join(files)} there')
-        return folder
-    except Exception as e:                                      # whatever its layers raise
-        raise ValueError(f"'{name}' is no folder here, and the Hugging Face Hub did not give it: {e}") from e
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading: tokens

@@ -19,7 +19,8 @@ import torch
 
 import config
 from model import Transformer
-from prepare import MODEL_FILES, decode, encode, hub_folder, load_tokenizer
+from nanoseek import hf
+from prepare import decode, encode, load_tokenizer
 
 @dataclass
 class Settings:
@@ -62,8 +63,8 @@ def read_prompt(prompt):
         raise ValueError(f'prompt {prompt} is not UTF-8 text: byte 0x{data[e.start]:02x} at offset {e.start}') from e
 
 def load(s):
-    """-> model, tokenizer, prompt's ids (1, T), id of the stop token or None"""
-    checkpoint = hub_folder(s.checkpoint, MODEL_FILES) if s.checkpoint else newest_checkpoint()
+    """-> model, tokenizer, prompt's ids (1, T), ids at which a text ends"""
+    checkpoint = hf.hub_folder(s.checkpoint, hf.MODEL_FILES) if s.checkpoint else newest_checkpoint()
     best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=best if s.device == 'auto' else s.device)
@@ -75,8 +76,8 @@ def load(s):
     limit = model.config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, the context less one')
-    stop = model.config.eos_token_id if s.stop is None else tokenizer.token_to_id(s.stop)
-    if s.stop is not None and stop is None:
+    stop = hf.stop_ids(checkpoint, model.config) if s.stop is None else [tokenizer.token_to_id(s.stop)]
+    if stop == [None]:
         raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
     print(f'{s.checkpoint or checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters', file=sys.stderr)
     model = model.to(best if s.device == 'auto' else s.device)
@@ -103,7 +104,7 @@ def stream_text(model, tokenizer, ids, stop, s):
     from tokenizers.decoders import DecodeStream
     decoder = DecodeStream(ids=ids[0].tolist(), skip_special_tokens=False)
     for token in model.stream(ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p):
-        if token.item() == stop:
+        if token.item() in stop:
             break
         yield decoder.step(tokenizer, token.item()) or ''
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
+from nanoseek.estimate import flops_per_token, parameter_table
 from nanoseek.hf import named_views
 from model import Block, Cache, Config, Experts, Transformer, rope_table, sample
 from sample import compile_decoding
@@ -607,7 +607,7 @@ def test_parameter_counts_by_hand():
     smollm2 = Config(attention='gqa', vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                      num_attention_heads=9, num_key_value_heads=3)
     with torch.device('meta'):
-        table = train.parameter_table(Transformer(smollm2))
+        table = parameter_table(Transformer(smollm2))
     assert table['total'] == table['active'] == 134_515_008  # as published
     model, expert = make('mla-qlora-yarn', num_nextn_predict_layers=1), 3 * 48 * 40
     parts = dict(attention=4 * (48 * 22 + 22 * 6 * 20 + 48 * (20 + 8) + 20 * 6 * (12 + 14) + 6 * 14 * 48),
@@ -615,7 +615,7 @@ def test_parameter_counts_by_hand():
                  embedding=2 * V * 48, mtp=2 * 48 * 48)
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(parts.values())
-    assert train.parameter_table(model) == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
+    assert parameter_table(model) == parts | {'total': total, 'active': total - 3 * (8 - 3) * expert}
 
 
 @attentions
@@ -627,7 +627,7 @@ def test_flops_per_token_equal_the_counted_ones(attention, feed, mtp, tied):
     model = make(attention, feed, hidden_size=50, num_nextn_predict_layers=mtp, tie_word_embeddings=tied).train()
     with FlopCounterMode(display=False) as counter:
         gradients(model, *batch(1, 128))
-    assert train.flops_per_token(model, 128) == pytest.approx(counter.get_total_flops() / 128, rel=0.02)
+    assert flops_per_token(model, 128) == pytest.approx(counter.get_total_flops() / 128, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- Files, and transformers

@@ -6,38 +6,27 @@
 Config files are Python and are executed; settings given later win. The run is in out_dir: settings.json, metrics.jsonl,
 train.log and step-N/ directories, each a Hugging Face model. The same command again goes on where the run stopped.
 """
-import ctypes, functools, importlib.util, json, math, os, platform, shutil, signal, statistics, subprocess, sys, time
-import weakref, zlib
+import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
+
+import importlib.util, json, math, os, platform, shutil, signal, subprocess, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-from unittest.mock import patch
-
-# Idle OpenMP threads spin for long by default: with one other busy process on the machine, a training step on the CPU
-# then takes ten times as long and more (see the README). Read when torch is loaded.
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')
-# By default glibc returns much of what a step frees to the kernel, and the next step waits for new pages. Now it keeps
-# what was in blocks of up to 8 MB: steps on a CPU are a tenth faster, and holes no larger (see the README), unless the
-# environment has settings for malloc.
-own = any(name.startswith('MALLOC_') for name in os.environ)
-if sys.platform == 'linux' and not own and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
-    libc.mallopt(-3, 2**23), libc.mallopt(-1, 2**31 - 1)        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint as recomputed
-from tqdm import tqdm
 
 import config
-from model import Config, Transformer, read_folder
-from prepare import MODEL_FILES, NoDataset, decode, encode, hub_folder, load_tokenizer, open_data, save_tokenizer
+from model import Config, Transformer
+from nanoseek import hf, monitor
+from nanoseek.device import check_fp8, compiled, matmul_rate, memory_limit, peak_memory, pick_device, to_device, to_fp8
+from nanoseek.estimate import advice, architecture, describe, flops_per_token, memory_estimate, parameter_table
+from nanoseek.monitor import Log, Silence, culprit
+from nanoseek.optim import learning_rate_at, make_optimizer
+from prepare import NoDataset, decode, encode, load_tokenizer, open_data
 
 STARTED = time.time()
 VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
@@ -81,26 +70,26 @@ class Settings:
     max_rollbacks: int = 3              # so often; then it stops
     resume: str = 'auto'                # auto: from out_dir's newest checkpoint; never: start over; or a checkpoint
     init_from: str | None = None        # start from the weights of this Hugging Face folder or Hub id
-    distill_from: str | None = None     # learn also from the next-token distributions of this model, a folder or Hub id
-    distill_weight: float = 1.0         # weight of that loss, the KL divergence from them, beside the training loss
-    freeze: str = ''                    # parameters with one of these in their names stay: 'embed_tokens,.mlp.'
-    freeze_steps: int = 0               # so many steps long, then all are trained; 0: in the whole run
     wandb: bool = False                 # also log to Weights & Biases
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
     def __post_init__(self):
-        rules = {'at least 1': (lambda v: v >= 1, 'batch_size block_size log_interval eval_interval '
-                                                  'checkpoint_interval max_bad_steps'),
-                 'at least 0': (lambda v: v >= 0, 'global_batch_size max_steps warmup_steps eval_steps sample_interval '
-                                                  'keep_checkpoints max_rollbacks grad_clip weight_decay '
-                                                  'distill_weight freeze_steps'),
-                 'above 0': (lambda v: v > 0, 'learning_rate eps'),
-                 'at least 0 and at most 1': (lambda v: 0 <= v <= 1, 'min_lr_frac decay_frac'),
-                 'at least 0 and below 1': (lambda v: 0 <= v < 1, 'beta1 beta2')}
-        for limit, (ok, names) in rules.items():
-            for name in names.split():
-                if not ok(getattr(self, name)):
-                    raise ValueError(f'{name}={getattr(self, name)}: must be {limit}')
+        for name in ('batch_size', 'block_size', 'log_interval', 'eval_interval', 'checkpoint_interval',
+                     'max_bad_steps'):
+            self.check(name, getattr(self, name) >= 1, 'at least 1')
+        for name in ('global_batch_size', 'max_steps', 'warmup_steps', 'eval_steps', 'sample_interval',
+                     'keep_checkpoints', 'max_rollbacks', 'grad_clip', 'weight_decay'):
+            self.check(name, getattr(self, name) >= 0, 'at least 0')
+        for name in ('learning_rate', 'eps'):
+            self.check(name, getattr(self, name) > 0, 'above 0')
+        for name in ('min_lr_frac', 'decay_frac'):
+            self.check(name, 0 <= getattr(self, name) <= 1, 'at least 0 and at most 1')
+        for name in ('beta1', 'beta2'):
+            self.check(name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
+
+    def check(self, name, holds, limit):
+        if not holds:
+            raise ValueError(f'{name}={getattr(self, name)}: must be {limit}')
 
 class OneDevice:
     """What the loop asks about distribution. train_ddp.py has another answer to the same questions."""
@@ -117,6 +106,14 @@ class OneDevice:
     def sum(self, x):
         """x summed over ranks"""
         return x
+
+    def all(self, flag):
+        """Whether it is true on all ranks"""
+        return flag
+
+    def any(self, flag):
+        """Whether it is true on any rank"""
+        return flag
 
     def first(self, f):
         """What f() is on rank 0"""
@@ -136,97 +133,10 @@ class OneDevice:
 
 # ------------------------------------------------------------------------------------------------------------ pieces
 
-def lr_at(step, s):
-    """The learning rate of step 0, 1, ..."""
-    if step < s.warmup_steps:
-        return s.learning_rate * (step + 1) / s.warmup_steps
-    left = max(s.max_steps - s.warmup_steps, 1)
-    done = min((step - s.warmup_steps) / left, 1.0)
-    if s.schedule == 'cosine':
-        factor = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        factor = min((s.max_steps - step) / max(s.decay_frac * s.max_steps, 1), 1.0)
-    return s.learning_rate * (s.min_lr_frac + (1 - s.min_lr_frac) * max(factor, 0.0))
-
-def pick_device(s, own=None):
-    """settings, and the rank's own device if it has one -> torch.device, dtype of the matmuls"""
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(best if s.device == 'auto' else s.device) if own is None else own
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device={s.device}: not usable here ({str(e).splitlines()[0]}); --device={best} is') from e
-    if s.dtype != 'auto':
-        return device, getattr(torch, s.dtype)
-    if device.type == 'cuda':       # older GPUs claim bfloat16 and emulate it
-        return device, torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    fast = device.type == 'cpu' and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-    return device, torch.bfloat16 if fast else torch.float32
-
-def check_fp8(recipe, device, dtype):
-    """ValueError where the matmuls cannot be in float8"""
-    if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 9):
-        raise ValueError(f'fp8={recipe}: device={device} has no FP8: it takes a GPU of compute capability 8.9 or above')
-    if dtype != torch.bfloat16:
-        raise ValueError(f'fp8={recipe}: what is not FP8 must be bfloat16, not dtype={str(dtype)[6:]}')
-    if importlib.util.find_spec('torchao') is None:
-        raise ValueError(f'fp8={recipe} needs its package: pip install torchao')
-
-def to_fp8(model, recipe, emulate=False):
-    """Linears of attention, dense and shared MLPs multiply in float8 from now on, forward and backward: those with
-    widths that are multiples of 16. Weights and names stay. emulate: rounds as float8 does, on any device"""
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-    fits = lambda m, name: isinstance(m, torch.nn.Linear) and ('.self_attn.' in name or '.mlp.' in name) and all(
-        n and n % 16 == 0 for n in m.weight.shape)
-    if not any(fits(m, name) for name, m in model.named_modules()):
-        raise ValueError(f'fp8={recipe}: no linear layer of this model has widths that are multiples of 16')
-    options = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)  # any batch
-    convert_to_float8_training(model, config=options, module_filter_fn=fits)
-
-def matmul_rate(device, dtype):
-    """FLOP/s that this device reaches in a large matrix product, measured: what MFU is a fraction of"""
-    n = 8192 if device.type == 'cuda' else 1024
-    a, b = torch.randn(2, n, n, generator=torch.Generator()).to(device, dtype)      # the run's own stays as it is
-    times = []
-    while len(times) < 8 and sum(times) < 0.5:
-        t = time.perf_counter()
-        (a @ b)[0, 0].item()
-        times.append(time.perf_counter() - t)
-    return 2 * n ** 3 / min(times)
-
-def parameter_table(model):
-    """Counts of parameters, all of them, those that one token meets, and by kind"""
-    parts = {'norm': 'norms', 'self_attn': 'attention', 'experts': 'moe', 'mlp.gate.': 'moe', 'mlp.': 'mlp',
-             'eh_proj': 'mtp', '': 'embedding'}             # the first one that the name contains
-    table, c = dict.fromkeys(('total', 'active', *parts.values()), 0), model.config
-    for name, p in model.named_parameters():
-        met = c.num_experts_per_tok / c.n_routed_experts if '.experts.' in name else 1
-        table[next(part for mark, part in parts.items() if mark in name)] += p.numel()
-        table['total'], table['active'] = table['total'] + p.numel(), table['active'] + round(p.numel() * met)
-    return table
-
-def flops_per_token(model, T):
-    """FLOPs per token of a training step at context T, attention counted as if not causal (the PaLM convention)"""
-    c, table, d = model.config, parameter_table(model), model.config.head_dim
-    heads = model.head.numel() * (1 + c.num_nextn_predict_layers)
-    weights = table['active'] - table['norms'] - table['embedding'] + heads
-    attention = {'gqa': 4 * d * T, 'mla': 2 * T * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim),
-                 'linear': 2 * (min(64, T) * (2 * d + 1) + 2 * d * (d + 1))}[c.attention]   # its chunk, its state
-    return 6 * weights + 3 * len(model.model.layers) * c.num_attention_heads * attention
-
-def peak_memory(device):
-    """MB that this process has needed at most, on the GPU or in RAM"""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == 'win32':
-        return 0.0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-
 def plan(given, folder, data):
     """-> the Config that is asked for: the given settings, on top of those of the model in folder where there is one"""
     if folder:
-        return read_folder(Path(folder), **given)[0]
+        return hf.read_config(Config, folder, **given)
     own = {'vocab_size': 256}
     if data:
         own = {'vocab_size': data.vocab_size, 'bos_token_id': data.eot_id, 'eos_token_id': data.eot_id}
@@ -234,7 +144,7 @@ def plan(given, folder, data):
 
 def build_model(s, given, found, data):
     """-> the model in float32 on the CPU: that of the checkpoint found, else init_from's, else a fresh one"""
-    folder = found or s.init_from and hub_folder(s.init_from, MODEL_FILES)
+    folder = found or s.init_from and hf.hub_folder(s.init_from, hf.MODEL_FILES)
     config = plan(given, folder, data)
     check_sizes(s, config, data)
     torch.manual_seed(s.seed)
@@ -242,7 +152,7 @@ def build_model(s, given, found, data):
         return Transformer(config)
     if not found:
         check_tokenizer(s, folder, data)
-        theirs = read_folder(Path(folder))[0].rope_theta
+        theirs = hf.read_config(Config, folder).rope_theta
         if config.rope_theta != theirs:             # as no other one that fits, it makes the weights worthless
             print(f'rope_theta={config.rope_theta:g}, but {folder} was trained with {theirs:g}', file=sys.stderr)
         return Transformer.from_pretrained(folder, **given)
@@ -250,105 +160,6 @@ def build_model(s, given, found, data):
     for name in given:
         check_same(found, name, getattr(model.config, name), getattr(config, name))
     return model
-
-def build_teacher(s, model, data, dist):
-    """-> the model that distill_from names, or None"""
-    if not s.distill_from:
-        return None
-    if dist.sharded:
-        raise ValueError('distill_from and parallel=fsdp: the head would be in shards: take parallel=ddp')
-    if s.compile is True:
-        raise ValueError('distill_from and compile=true: not together, take compile=false')
-    teacher = Transformer.from_pretrained(folder := hub_folder(s.distill_from, MODEL_FILES))
-    V, most = teacher.config.vocab_size, teacher.config.max_position_embeddings
-    if V != model.config.vocab_size or most < s.block_size:
-        raise ValueError(f'distill_from={s.distill_from}: it has vocab_size={V:,} and a context of {most:,} tokens, '
-                         f'wanted are {model.config.vocab_size:,} and block_size={s.block_size:,}')
-    check_tokenizer(s, folder, data, 'distill_from')
-    return teacher.requires_grad_(False).eval()
-
-def frozen(model, s, step):
-    """The parameters that do not change in this step"""
-    names = [name for name in s.freeze.split(',') if name] if not s.freeze_steps or step < s.freeze_steps else []
-    return [p for name, p in model.named_parameters() if any(part in name for part in names)]
-
-def divergence(h, weight, theirs, their_weight):
-    """States h (N, D) and theirs (N, D'), heads (V, D) and (V, D') -> the mean KL divergence, in nats, of the
-    next-token distributions from theirs. The logits exist in chunks, as in model.cross_entropy"""
-    rows, logs = max(2**25 // len(weight), 128), lambda h, w: F.linear(h, w.to(h.dtype)).float().log_softmax(-1)
-    total = lambda h, t: F.kl_div(logs(h, weight), logs(t, their_weight), reduction='sum', log_target=True)
-    again = lambda *chunk: recomputed(total, *chunk, use_reentrant=False)
-    return sum(map(again, h.split(rows), theirs.split(rows))) / len(h)
-
-def parameter_groups(model, s):
-    """Matrices decay, norms do not. rows: for Muon, the heights of the blocks of rows that are matrices of their own (a
-    head's, the gate's and the up projection's), again and again; () for AdamW: embedding, head, norms, routers"""
-    groups, c = {}, model.config
-    dn, dr = c.qk_nope_head_dim, c.qk_rope_head_dim
-    head = (dn + dr,) if c.attention == 'mla' else (c.head_dim,)
-    blocks = {'q_proj': head, 'q_b_proj': head, 'k_proj': head, 'v_proj': head, 'kv_b_proj': (dn, c.v_head_dim),
-              'kv_a_proj_with_mqa': (c.kv_lora_rank, dr), 'gate_up_proj': (c.moe_intermediate_size,)}
-    for name, p in model.named_parameters():
-        kind = name.removesuffix('.weight').split('.')[-1]
-        muon = s.optimizer == 'muon' and kind.endswith(('_proj', '_mqa')) and p.numel()
-        rows = blocks.get(kind, (p.shape[-2],)) if muon else ()
-        groups.setdefault((rows, s.weight_decay if p.dim() > 1 else 0.0), []).append(p)
-    return [{'params': found, 'weight_decay': decay, 'rows': list(rows)} for (rows, decay), found in groups.items()]
-
-def orthogonal(x, dtype):
-    """x (..., A, B) -> as float32 its U V^T, about: five steps of Newton-Schulz make all singular values 0.7 to 1.2"""
-    y = x.flatten(0, -3).to(dtype)
-    y = y.mT if x.shape[-2] > x.shape[-1] else y
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
-        a = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-    return (y.mT if x.shape[-2] > x.shape[-1] else y).float().view_as(x)
-
-class Muon(torch.optim.AdamW):
-    """AdamW, but for groups with rows Nesterov's momentum made orthogonal, in steps as large as AdamW's. Jordan et al.,
-    kellerjordan.github.io/posts/muon; the factor 0.2 sqrt(max(A, B)) is that of arXiv 2502.16982"""
-    def __init__(self, groups, *args, dist, dtype, momentum=0.95, **kwargs):
-        super().__init__(groups, *args, **kwargs)
-        self.dist, self.dtype, self.momentum, self._step_supports_amp_scaling = dist, dtype, momentum, False
-
-    @torch.no_grad()
-    def step(self):
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group['rows']]
-        super().step()
-        self.param_groups = groups
-        for group in groups:
-            shapes = {}
-            for p in group['params'] if group['rows'] else ():
-                if p.grad is not None:                  # of a frozen one
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():        # many at a time, but not everything at once
-                most = max(2**26 // shape.numel(), 1)
-                for i in range(0, len(params), most):
-                    self.move(params[i:i + most], group['rows'], group['lr'], group['weight_decay'])
-
-    def move(self, params, rows, lr, decay):
-        """params (A, B) or (E, A, B) each, of one shape"""
-        steps = torch.stack([self.dist.whole(self.direction(p)) for p in params])
-        for block in steps.unflatten(-2, (-1, sum(rows))).split(rows, -2):              # (..., A / sum(rows), row, B)
-            block.copy_(orthogonal(block, self.dtype) * 0.2 * max(block.shape[-2:]) ** 0.5)
-        for p, step in zip(params, steps):
-            p.mul_(1 - lr * decay).add_(self.dist.part(step, p), alpha=-lr)
-
-    def direction(self, p):
-        state = self.state[p]
-        if not state:               # step: AdamW looks for it when a state is loaded
-            state['step'], state['momentum_buffer'] = torch.zeros(()), torch.zeros_like(p)
-        state['momentum_buffer'].mul_(self.momentum).add_(p.grad)
-        step = p.grad.add(state['momentum_buffer'], alpha=self.momentum)
-        return step * (p.grad != 0).any(-1, True).any(-2, True) if p.dim() > 2 else step    # an idle expert stays
-
-def make_optimizer(s, model, dtype, dist):
-    kind = torch.optim.AdamW if s.optimizer == 'adamw' else functools.partial(
-        Muon, dist=dist, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    return kind(parameter_groups(model, s), s.learning_rate, (s.beta1, s.beta2), s.eps,
-                fused=model.head.device.type in ('cpu', 'cuda'))
 
 def check_sizes(s, c, data):
     if data.vocab_size > c.vocab_size:
@@ -364,21 +175,21 @@ def check_sizes(s, c, data):
     if s.doc_attention_mask and data.eot_id is None:
         raise ValueError(f'doc_attention_mask=true: dataset={s.dataset} has no end-of-text token: prepare it with a '
                          'tokenizer that has one, such as bpe:1024')
-    if s.doc_attention_mask and data.eot_id != c.eos_token_id:
+    if s.doc_attention_mask and data.eot_id not in c.stop_ids[:1]:
         raise ValueError(f'doc_attention_mask=true: a text of dataset={s.dataset} ends with token {data.eot_id}, for '
                          f'the model with eos_token_id={c.eos_token_id}: set --eos_token_id={data.eot_id}')
 
-def check_tokenizer(s, folder, data, setting='init_from'):
+def check_tokenizer(s, folder, data):
     """A model knows its own tokens only: the same ids that mean something else would train, and badly"""
     if not (folder / 'tokenizer.json').is_file():
         return
-    theirs, name = load_tokenizer(folder), getattr(s, setting)
+    theirs = load_tokenizer(folder)
     for token, i in load_tokenizer(data.directory).get_vocab().items():
         if theirs.token_to_id(token) != i:
-            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than {setting}={name}, where '
+            raise ValueError(f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, where '
                              f'{token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
                              f'{" and ".join(d.meta["source"]["name"] for d, _ in data.sources.values())} '
-                             f'--tokenizer={name} --out_dir=data/NAME')
+                             f'--tokenizer={s.init_from} --out_dir=data/NAME')
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
@@ -399,179 +210,15 @@ def evaluate(model, data, s, device, amp, dist):
     loss, rows = dist.sum(total).tolist()
     return loss / rows
 
-def to_device(arrays, device):
-    tensors = (torch.from_numpy(a) for a in arrays)
-    return [t.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else t.to(device) for t in tensors]
-
 def sample_text(model, tokenizer, s, device, amp):
     """256 tokens from the model as it stands, without a trace in the run's random numbers"""
     prompt = torch.tensor([encode(tokenizer, s.sample_prompt)], device=device)
     model.eval()
     with torch.random.fork_rng(), amp():
         torch.manual_seed(s.seed)
-        ids = model.generate(prompt, 256, temperature=0.8, top_k=50, stop=model.config.eos_token_id)
+        ids = model.generate(prompt, 256, temperature=0.8, top_k=50, stop=model.config.stop_ids)
     model.train()
     return decode(tokenizer, ids[0].tolist())
-
-class Log:
-    """The terminal and train.log, metrics.jsonl, and Weights & Biases and TensorBoard where asked for"""
-    def __init__(self, s, step, resolved):
-        self.dir, self.wandb, self.tensorboard, self.metrics = Path(s.out_dir), None, None, None
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.rewind(step)
-        self.text = open(self.dir / 'train.log', 'a')
-        self.bar = tqdm(total=s.max_steps, initial=step, file=sys.stdout, disable=None, leave=False, unit='step')
-        if s.wandb:
-            import wandb
-            self.wandb = wandb.init(project='nanoseek', name=self.dir.name, id=f'{self.dir.name}-{s.seed}',
-                                    resume='allow', dir=self.dir, config=resolved)
-        if s.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(self.dir / 'tensorboard')
-
-    def rewind(self, step, events=False):
-        """metrics.jsonl without what comes after step, which a run that goes on from there repeats; events may stay"""
-        kept, path = [], self.dir / 'metrics.jsonl'
-        if self.metrics:
-            self.metrics.close()
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                entry = json.loads(line)
-                kept += [line + '\n'] if entry['step'] <= step or events and 'event' in entry else []
-            except ValueError:      # cut off when the process was killed
-                pass
-        tmp = path.with_name('.metrics.tmp')
-        tmp.write_text(''.join(kept))
-        os.replace(tmp, path)
-        self.metrics = open(path, 'a')
-
-    def say(self, line):
-        self.bar.write(line, file=sys.stdout)       # above the progress bar, which only a terminal has
-        sys.stdout.flush()
-        self.text.write(line + '\n')
-        self.text.flush()
-
-    def add(self, **values):
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.metrics.write(json.dumps(values, allow_nan=False) + '\n')
-        self.metrics.flush()
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and k != 'step'}
-        if self.wandb:
-            self.wandb.log(numbers, step=values['step'])
-        for k, v in numbers.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(k, v, values['step'])
-
-    def close(self):
-        for f in (self.bar, self.metrics, self.text, self.tensorboard):
-            f and f.close()
-        if self.wandb:
-            self.wandb.finish()
-
-class Silence:
-    """The log of the other ranks"""
-    def __getattr__(self, name):
-        return self
-    def __call__(self, *args, **kwargs):
-        return self
-
-class Live(TorchDispatchMode):
-    """Within it, now and peak are the bytes of the tensors that exist, each storage counted once"""
-    def __init__(self, *tensors):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-        self.add(tensors)
-
-    def add(self, tensors):
-        for t in tree_leaves(tensors):
-            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-                self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        return tensors
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.add(func(*args, **(kwargs or {})))
-
-def memory_estimate(s, c, dtype):
-    """-> bytes for weights, gradients and the optimizer's state; bytes that a step needs beside them at most. Counted,
-    not guessed: a step on fake tensors, which have shapes and no storage. On a GPU the optimizer takes the place of the
-    activations; a CPU's heap is full of holes by then, so that both add up."""
-    add_up = pick_device(s)[0].type == 'cpu'
-    rows = lambda x, weight, ends: F.linear(x, weight[0])   # as many for every expert: a grouped matmul wants numbers
-    with FakeTensorMode(), patch('model.grouped_linear', rows), torch.random.fork_rng():
-        model = Transformer(c).train()
-        model.gradient_checkpointing = s.gradient_checkpointing
-        model.doc_attention_mask = s.doc_attention_mask and c.eos_token_id is not None
-        for p in model.parameters():        # those of the micro-step before
-            p.grad = torch.empty_like(p)
-        with Live(*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())) as live:
-            optimizer = make_optimizer(s, model, dtype, OneDevice())
-            optimizer.step()
-            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
-            states, update = live.now, live.peak - live.now
-            live.peak = live.now
-            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-                loss = model(idx, idx)[1]
-            loss.backward()
-            activations = live.peak - states
-    return states, activations + update if add_up else max(activations, update)
-
-def memory_limit(device):
-    """Bytes that this process may have on the device"""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[1]
-    if sys.platform == 'win32':
-        return math.inf
-    import resource
-    group, limit = Path('/sys/fs/cgroup/memory.max'), resource.getrlimit(resource.RLIMIT_AS)[0]
-    text = group.read_text().strip() if group.exists() else ''      # a container's limit
-    return min(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), limit if limit > 0 else math.inf,
-               int(text) if text.isdigit() else math.inf) - 2**29   # Python and torch themselves
-
-def smaller(s, c, dtype, device):
-    """Settings that would need less memory, and how much, by memory_estimate"""
-    mb = lambda **changes: sum(memory_estimate(replace(s, **changes), c, dtype)) / 2**20
-    now, have = mb(), memory_limit(device) / 2**20
-    enough, found = min(0.9 * have, 0.8 * now), []
-    for name, least in (('batch_size', 1), ('block_size', 1 + c.num_nextn_predict_layers)):
-        sizes = [n for i in range(1, 20) if (n := getattr(s, name) >> i) >= least]
-        if sizes:
-            n = next((n for n in sizes if mb(**{name: n}) <= enough), sizes[-1])
-            same = f' --global_batch_size={s.global_batch_size or s.batch_size}' if name == 'batch_size' else ''
-            found.append(f'--{name}={n}{same} ({mb(**{name: n}):,.0f} MB)')
-    if not s.gradient_checkpointing:
-        found.append(f'--gradient_checkpointing=true ({mb(gradient_checkpointing=True):,.0f} MB)')
-    return (f'{s.batch_size} x {s.block_size} tokens need about {now:,.0f} MB, {device} has {have:,.0f}; less: '
-            + ', '.join(found or ['a smaller model']))
-
-def architecture(c):
-    """Config -> a line for people"""
-    kind = {'mla': 'MLA', 'gqa': 'GQA'}.get(c.attention, f'{c.attention} attention')
-    if c.n_routed_experts:
-        kind += (f' + MoE ({c.n_shared_experts} shared, {c.num_experts_per_tok} of {c.n_routed_experts} routed experts '
-                 f'of width {c.moe_intermediate_size})')
-    mtp = f' + {c.num_nextn_predict_layers} MTP' if c.num_nextn_predict_layers else ''
-    return (f'{kind}, {c.num_hidden_layers} layers{mtp}, hidden {c.hidden_size}, {c.num_attention_heads} heads, '
-            f'vocabulary {c.vocab_size:,}')
-
-def describe(s, c, estimate):
-    """Lines that say what the model is, its parameters, and the memory that a training step needs"""
-    with torch.device('meta'):
-        model = Transformer(c)
-    table, order = parameter_table(model), ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
-    states, activations = estimate
-    yield f'{c.to_hf()["architectures"][0]}: {architecture(c)}'
-    yield 'parameters: ' + ' | '.join(f'{k} {table[k]:,}' for k in order if table[k])
-    yield (f'a training step: {flops_per_token(model, s.block_size) / 1e6:,.1f} MFLOP per token, about '
-           f'{(states + activations) / 2**20:,.0f} MB: {states / 2**20:,.0f} for weights, gradients and '
-           f'{ {"adamw": "AdamW", "muon": "Muon"}[s.optimizer]}, {activations / 2**20:,.0f} for activations of '
-           f'{s.batch_size} x {s.block_size} tokens and temporaries')
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -653,13 +300,11 @@ def write_checkpoint(final, run, state, weights, settings, card):
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         run.model.save_pretrained(tmp, state=weights)
-        save_tokenizer(run.data.directory, tmp, c.bos_token_id, c.eos_token_id, c.max_position_embeddings)
-        ids = {k: v for k in ('bos_token_id', 'eos_token_id') if (v := getattr(c, k)) is not None}
-        texts = {'README.md': card, 'trainer/settings.json': json.dumps(settings, indent=1) + '\n',
-                 'generation_config.json': json.dumps({**ids, 'do_sample': True, 'temperature': 0.8}) + '\n'}
+        hf.write_companions(tmp, load_tokenizer(run.data.directory), c, run.companions)
+        texts = {'README.md': card, 'trainer/settings.json': json.dumps(settings, indent=1) + '\n'}
         (tmp / 'trainer').mkdir()
         for name, text in texts.items():
-            (tmp / name).write_text(text)
+            (tmp / name).write_text(text, encoding='utf-8')
         with open(tmp / 'trainer' / 'state.pt', 'wb') as f:
             torch.save(state, f)
         files = [p for p in sorted(tmp.rglob('*')) if p.is_file()]
@@ -715,7 +360,7 @@ def finish_writing(run):
 
 def model_card(run):
     s, c, data, about, table = run.s, run.model.config, run.data, run.about, parameter_table(run.model)
-    kind, script = c.to_hf()['architectures'][0], 'python' if run.dist.world == 1 else 'torchrun'
+    kind, script = hf.architecture_class(c), 'python' if run.dist.world == 1 else 'torchrun'
     texts = [f'{f"{share:.4g} " * (share < 1)}{d.meta["source"]["name"]} ({d.meta["source"]["license"]})'
              for d, share in data.sources.values()]
     base = f'\nbase_model: {s.init_from}' if s.init_from and not Path(s.init_from).is_dir() else ''
@@ -779,27 +424,6 @@ def check_same(found, name, old, new):
 
 # ----------------------------------------------------------------------------------------------------------- the run
 
-def wants_compile(s, device):
-    return s.compile is True or s.compile == 'auto' and device.type == 'cuda' and not s.distill_from
-
-def compiled(model, forward, s, device, amp):
-    """forward compiled where that is wanted and works, else as it is, and a line that says so"""
-    if not wants_compile(s, device):
-        return forward, None
-    try:
-        fast, idx = torch.compile(forward), torch.zeros(s.batch_size, s.block_size, dtype=torch.int64, device=device)
-        with torch.random.fork_rng():
-            with amp():
-                loss = fast(idx, idx)[1]
-            loss.backward()
-        problem = None
-    except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-        fast, problem = forward, f'torch.compile does not work here ({reason})'
-    model.zero_grad(set_to_none=True)
-    model.expert_load.zero_()
-    return fast, problem
-
 def catch_signals():
     """-> a list that is empty until the first Ctrl-C or SIGTERM; a second Ctrl-C ends at once"""
     caught = []
@@ -831,11 +455,11 @@ def setup(s, model_settings, dist):
     device, dtype = pick_device(s, dist.device)
     given = {k: v for k, v in model_settings.items() if k != 'vocab_size' or v}
     if s.max_steps == 0:
-        folder, data = s.init_from and hub_folder(s.init_from, MODEL_FILES), None
+        folder, data = s.init_from and hf.hub_folder(s.init_from, hf.MODEL_FILES), None
         with suppress(NoDataset):
             data = open_data(s.dataset)
         c = plan(given, folder, data)
-        print(*describe(s, c, memory_estimate(s, c, dtype)), *dist.costs(s, c, dtype), sep='\n')
+        print(*describe(Transformer, c, s, memory_estimate(Transformer, c, s, dtype, device.type)), *dist.costs(s, c, dtype), sep='\n')
         sys.exit(0)
     if s.fp8:
         check_fp8(s.fp8, device, dtype)
@@ -856,14 +480,14 @@ def setup(s, model_settings, dist):
                 'data': data.fingerprint()}
     found = dist.first(lambda: find_resume(s, identity))
     model = build_model(s, given, found, data)
-    if s.freeze and len(frozen(model, s, 0)) in (0, len(list(model.parameters()))):
-        raise ValueError(f'freeze={s.freeze}: names {"none" if not frozen(model, s, 0) else "all"} of the parameters, '
-                         'which are called model.layers.0.self_attn.q_proj.weight and so on')
     if s.fp8:
         to_fp8(model, s.fp8)
-    return SimpleNamespace(s=s, dist=dist, data=data, model=model, teacher=build_teacher(s, model, data, dist),
-                           device=device, dtype=dtype, found=found, identity=identity, batch=batch, step=0, skipped=0,
-                           rollbacks=0, bad=0, history=[], losses={}, about={}, writing=None, caught=[], stop=False)
+    companions = {}                     # what the model that this one comes from brings beside its weights
+    if found or s.init_from:
+        companions = hf.read_companions(found or hf.hub_folder(s.init_from, hf.MODEL_FILES))
+    return SimpleNamespace(s=s, dist=dist, data=data, model=model, device=device, dtype=dtype, found=found,
+                           identity=identity, batch=batch, companions=companions, step=0, skipped=0, rollbacks=0, bad=0, history=[], losses={},
+                           about={}, writing=None, caught=[], stop=False)
 
 def clear(s, found, step):
     """Removes what comes after the checkpoint found, or all: by now no mistake of the user's can stop the run"""
@@ -881,12 +505,9 @@ def start(run):
     model.to(device).train()
     model.gradient_checkpointing, model.doc_attention_mask = s.gradient_checkpointing, s.doc_attention_mask
     forward = run.dist.wrap(model)
-    if run.teacher:
-        run.teacher.to(device, dtype).doc_attention_mask = s.doc_attention_mask
-        model.model.norm.register_forward_hook(lambda norm, x, h: setattr(run, 'states', h))
     run.amp = lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    run.optimizer = make_optimizer(s, model, dtype, run.dist)
+    run.optimizer = make_optimizer(s, model, dtype, run.dist.whole, run.dist.part)
     if found:
         load_trainer(run, found)
     if run.step >= s.max_steps:
@@ -897,12 +518,12 @@ def start(run):
     resolved = {**asdict(s), **asdict(model.config), **versions()}
     run.log, run.pool = Log(s, run.step, resolved) if run.dist.rank == 0 else Silence(), ThreadPoolExecutor(1)
     if run.dist.rank == 0:
-        (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n')
-    run.first, estimate = run.step, memory_estimate(s, model.config, dtype)
-    for line in (*describe(s, model.config, estimate), *([f'going on from {found}'] if found else [])):
+        (run.log.dir / 'settings.json').write_text(json.dumps(resolved, indent=1) + '\n', encoding='utf-8')
+    run.first, estimate = run.step, memory_estimate(Transformer, model.config, s, dtype, device.type)
+    for line in (*describe(Transformer, model.config, s, estimate), *([f'going on from {found}'] if found else [])):
         run.log.say(line)
     if not run.dist.sharded and sum(estimate) > memory_limit(device):
-        run.log.say(f'this may not fit: {smaller(s, model.config, dtype, device)}')
+        run.log.say(f'this may not fit: {advice(Transformer, model.config, s, dtype, device)}')
     run.forward, problem = compiled(model, forward, s, device, run.amp)
     if problem:
         run.log.say(f'{problem}: going on without it')
@@ -945,99 +566,67 @@ def rows(run, micro):
     first = (run.step + run.skipped) * run.batch + (micro * run.dist.world + run.dist.rank) * run.s.batch_size
     return range(first, first + run.s.batch_size)
 
+def batch(run, micro):
+    """-> x, y (batch_size, block_size) of a micro-step, on the device"""
+    return to_device(run.data.batch('train', rows(run, micro), run.s.block_size, run.s.seed), run.device)
+
 def micro_steps(run):
     """Forward and backward of a global batch -> its losses by their names, means over this rank's micro-steps"""
-    s, losses = run.s, {}
+    losses = {}
     for micro in range(run.accumulation):
-        x, y = to_device(run.data.batch('train', rows(run, micro), s.block_size, s.seed), run.device)
+        x, y = batch(run, micro)
         with run.dist.accumulate(last=micro == run.accumulation - 1):
             with run.amp():
                 _, loss = run.forward(x, y)
-                if run.teacher:
-                    loss = loss + s.distill_weight * distillation(run, x)
             run.scaler.scale(loss / run.accumulation).backward()
         losses = {k: losses.get(k, 0) + v / run.accumulation for k, v in run.model.losses.items()}
     return losses
-
-def distillation(run, x):
-    """tokens x (B, T), which the model has just seen -> its divergence from the teacher, also put beside its losses"""
-    with torch.no_grad():
-        theirs, _ = run.teacher.hidden(x)
-    loss = divergence(run.states.flatten(0, 1), run.model.head, theirs.flatten(0, 1), run.teacher.head)
-    run.model.losses['distill'] = loss.detach()
-    return loss
 
 def update(run, losses):
     """The optimizer's step and the routers', unless loss or gradient are not finite -> norm of the gradient, expert
     load (MoE layers, E) in the whole global batch, whether the step was taken"""
     s, model, scaler, dist = run.s, run.model, run.scaler, run.dist
     for group in run.optimizer.param_groups:
-        group['lr'] = lr_at(run.step, s)
+        group['lr'] = learning_rate_at(run.step, s)
     if s.max_minutes is not None and time.time() - STARTED > 60 * s.max_minutes:
         run.caught.append(f'max_minutes={s.max_minutes:g}')
     scaler.unscale_(run.optimizer)
-    for p in frozen(model, s, run.step):
-        p.grad = None
     total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    whole = dist.whole(total).float()
-    caught = whole.new_tensor(float(len(run.caught)))
-    loss, stop, doubt = dist.sum(torch.stack((losses['main'] / dist.world, caught, 0 * whole))).tolist()
-    norm = whole.item() + doubt     # 0, or nan where it is not finite on any rank
-    run.stop = stop > 0         # for all ranks in the same step
+    norm = dist.whole(total).item()
+
+    # All ranks decide alike
+    loss = dist.sum(losses['main'] / dist.world).item()
     load = dist.sum(model.expert_load.clone())
+    run.stop = dist.any(bool(run.caught))
+    finite = dist.all(math.isfinite(norm))
+    if not finite:
+        norm = math.nan
     overflow = scaler.is_enabled() and scaler.get_scale() > 1       # float16: so it finds its scale
-    good = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+    good = math.isfinite(loss) and (finite or overflow)
     if good:
         if s.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, total)
         scaler.step(run.optimizer)
-        if math.isfinite(norm):
+        if finite:
             model.update_router_bias(load)
-        note_spike(run, loss)
+        if found := monitor.spike(run.history, loss):
+            z, median = found
+            run.log.say(f'step {run.step + 1}: loss {loss:.4f} is a spike, {z:.1f} deviations above {median:.4f}')
+            run.log.add(step=run.step + 1, event='spike', loss=loss, z=round(z, 2))
+        run.history = [*run.history[-127:], loss]
         run.bad = 0
     else:
-        run.bad, where = run.bad + 1, culprit(run)
+        batches = (batch(run, micro) for micro in range(run.accumulation))
+        where = culprit(model, batches, run.amp)
+        run.bad += 1
         run.log.say(f'step {run.step + 1}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped; the first that is not '
                     f'finite is {where}')
         run.log.add(step=run.step + 1, event='skipped', loss=str(loss), grad_norm=str(norm), where=where)
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     model.expert_load.zero_()
-    run.log.bar.update()
+    run.log.advance()
     return norm, load, good
-
-def note_spike(run, loss):
-    """A line for a loss that stands out from the last 128 by a robust z-score (median, median absolute deviation)"""
-    if len(run.history) >= 32:
-        median = statistics.median(run.history)
-        deviation = 1.4826 * statistics.median(abs(v - median) for v in run.history)
-        if (z := (loss - median) / max(deviation, 1e-3)) > 6:
-            run.log.say(f'step {run.step + 1}: loss {loss:.4f} is a spike, {z:.1f} deviations above {median:.4f}')
-            run.log.add(step=run.step + 1, event='spike', loss=loss, z=round(z, 2))
-    run.history = [*run.history[-127:], loss]
-
-@torch.no_grad()
-def culprit(run):
-    """Where what is not finite appeared first: in a parameter, in a module's output (the forward pass is repeated), or
-    in a gradient (the backward pass begins at the end of the model)"""
-    def finite(x):
-        return all(map(finite, x)) if isinstance(x, tuple) else not isinstance(x, torch.Tensor) or x.isfinite().all()
-    for name, p in run.model.named_parameters():
-        if not finite(p):
-            return f'the weight {name}'
-    found, hooks = [], []
-    for name, module in run.model.named_modules():
-        watch = lambda m, _, out, name=name: None if finite(out) else found.append(name)
-        hooks.append(module.register_forward_hook(watch))
-    with torch.random.fork_rng(), run.amp():
-        for micro in range(run.accumulation):
-            run.model(*to_device(run.data.batch('train', rows(run, micro), run.s.block_size, run.s.seed), run.device))
-    for hook in hooks:
-        hook.remove()
-    broken = [name for name, p in run.model.named_parameters() if p.grad is not None and not finite(p.grad)]
-    if found:
-        return f'the output of {found[0] or "the model"}'
-    return f'the gradient of {broken[-1]}' if broken else 'the loss'
 
 def roll_back(run):
     """Back to the last good checkpoint, and on from there with the data that would have come now"""
@@ -1059,9 +648,7 @@ def roll_back(run):
             t.copy_(run.dist.part(fresh[name], t))
     load_trainer(run, found)
     run.skipped, run.rollbacks, run.bad = position - run.step, times, 0
-    log.rewind(run.step, events=True)
-    log.bar.reset(s.max_steps)
-    log.bar.update(run.step)
+    log.rewind(run.step, keep_events=True)
     log.say(f'{bad} steps in a row were not finite: back to {found}, and on without the data that led here '
             f'({run.skipped} steps)')
     log.add(step=run.step + 1, event='rollback', checkpoint=str(found), skipped=run.skipped, rollbacks=times)
@@ -1087,7 +674,7 @@ def look(run, load, last):
         log.say(f'step {run.step:6d} | validation loss {val:.4f} | {bpb:.4f} bits per byte' + ''.join(
             f' | {k[9:]} {v:.4f}' for k, v in each.items() if k.startswith('val_loss/')))
         log.add(step=run.step, elapsed_s=round(time.time() - STARTED, 2), val_loss=val, val_bpb=bpb, **each,
-                **{'moe/load': relative(load).tolist()} if len(load) else {})
+                **{'moe/load': monitor.relative_load(load).tolist()} if len(load) else {})
     if s.sample_interval and (run.step % s.sample_interval == 0 or last):
         log.say(f'--- sample\n{sample_text(run.model, run.tokenizer, s, run.device, run.amp)}\n---')
     if run.step % s.checkpoint_interval == 0 or last:
@@ -1095,31 +682,25 @@ def look(run, load, last):
     elif run.writing and run.writing.done():
         finish_writing(run)
 
-def relative(load):
-    """Expert counts (MoE layers, E) over the ideal, a layer's mean"""
-    return (load / load.double().mean(-1, keepdim=True).clamp(min=1)).round(decimals=3)
-
 def log_step(run, load, norm, ms):
     """The progress line, and its numbers in metrics.jsonl"""
     s, step, losses, tokens = run.s, run.step, run.losses, run.batch * run.s.block_size
-    rate, lr = tokens / ms * 1e3, run.optimizer.param_groups[0]['lr']
-    mfu, memory = rate * flops_per_token(run.model, s.block_size) / run.peak, peak_memory(run.device)
+    rate = tokens / ms * 1e3
     entry = {'step': step, 'tokens': step * tokens, 'elapsed_s': round(time.time() - STARTED, 2),
-             'loss': losses['main'], 'lr': lr, 'grad_norm': norm, 'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
-             'mfu': round(mfu, 4), 'memory_mb': round(memory, 1)}
+             'loss': losses['main'], 'lr': run.optimizer.param_groups[0]['lr'], 'grad_norm': norm,
+             'step_ms': round(ms, 3), 'tok_per_s': round(rate, 1),
+             'mfu': round(rate * flops_per_token(run.model, s.block_size) / run.peak, 4),
+             'memory_mb': round(peak_memory(run.device), 1)}
     entry |= {f'{k}_loss': v for k, v in losses.items() if k != 'main'}
     if len(sources := run.data.sources) > 1:        # of their data, that of skipped steps is gone as well
         for name, count in run.data.drawn((step + run.skipped) * run.batch).items():
             entry |= {f'data/{name}/tokens': count * s.block_size,
                       f'data/{name}/epochs': round(count / sources[name][0].windows('train', s.block_size), 4)}
-    experts, eta = '', (s.max_steps - step) * ms / 1e3
-    if len(load):
-        r = relative(load)
-        entry |= {'moe/load_max': r.max().item(), 'moe/load_min': r.min().item(), 'moe/dead': (load == 0).sum().item()}
-        experts = f' | load {entry["moe/load_min"]:.2f}-{entry["moe/load_max"]:.2f}'
-    run.log.say(f'step {step:6d}/{s.max_steps} | loss {losses["main"]:.4f} | lr {lr:.2e} | norm {norm:.2f} | '
-                f'{ms:.0f} ms | {rate / 1e3:.1f}k tok/s | mfu {mfu:.0%} | {memory:.0f} MB{experts} | '
-                f'eta {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}')
+    entry |= monitor.load_entry(load)
+    left = (s.max_steps - step) * ms / 1e3
+    if step == run.first + 1 and left > 0:
+        left = None                                 # the first step's time is also that of what is done once
+    run.log.say(monitor.progress_line(entry, s.max_steps, left))
     run.log.add(**entry)
 
 def main(s, model_settings, dist):
@@ -1138,7 +719,7 @@ def main(s, model_settings, dist):
     if not problem:
         del run                     # with all that fills the memory
         device, dtype = pick_device(s, dist.device)
-        problem = f'out of memory: {smaller(s, c, dtype, device)}'
+        problem = f'out of memory: {advice(Transformer, c, s, dtype, device)}'
     print(f'{Path(sys.argv[0]).name}: {problem}', file=sys.stderr)
     sys.exit(2)
 

@@ -7,12 +7,12 @@ All settings are train.py's; batch_size is of one device, global_batch_size of a
 from which any number of devices goes on, train.py as well, when global_batch_size is set. Without GPUs the ranks are
 processes on the CPU and talk through gloo.
 """
+import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
+
 import datetime, os, sys, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
-
-os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # see train.py
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 import train
 from model import Config, Transformer
+from nanoseek.device import pick_device
+from nanoseek.estimate import memory_estimate
 
 RESTARTS = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))    # how often torchrun has started the workers again
 
@@ -42,7 +44,7 @@ class Ranks:
         cuda = torch.cuda.is_available() and s.device in ('auto', 'cuda')
         self.device = torch.device('cuda', local) if cuda else torch.device('cpu')
         self.sharded, self.settings = s.parallel == 'fsdp', s
-        if self.sharded and train.pick_device(s, self.device)[1] == torch.float16:
+        if self.sharded and pick_device(s, self.device)[1] == torch.float16:
             raise ValueError('parallel=fsdp, dtype=float16: its scaler sees one shard only; take bfloat16 or float32')
         if cuda:
             torch.cuda.set_device(self.device)
@@ -63,7 +65,7 @@ class Ranks:
         """FSDP2: a block is whole while it computes, in bfloat16 where matmuls are; routers stay float32. With several
         nodes each has all shards, so that only gradients travel between them (hybrid sharding)"""
         mesh = init_device_mesh(self.device.type, self.shape, mesh_dim_names=('nodes', 'devices')[-len(self.shape):])
-        low = torch.bfloat16 if train.pick_device(self.settings, self.device)[1] == torch.bfloat16 else None
+        low = torch.bfloat16 if pick_device(self.settings, self.device)[1] == torch.bfloat16 else None
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         for moe in model.moe_layers:
             fully_shard(moe.gate, mesh=mesh, mp_policy=MixedPrecisionPolicy())
@@ -81,6 +83,14 @@ class Ranks:
         """x summed over ranks"""
         dist.all_reduce(x := x.clone())
         return x
+
+    def all(self, flag):
+        """Whether it is true on all ranks"""
+        return not self.any(not flag)
+
+    def any(self, flag):
+        """Whether it is true on any rank"""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def first(self, f):
         """What f() is on rank 0"""
@@ -100,7 +110,7 @@ class Ranks:
 def costs(s, c, dtype):
     """Lines of a table: memory and traffic of a device, for numbers of devices from 1 to 512, with batch_size each. A
     ring all-reduce of n bytes sends 2n (N-1)/N per device, an all-gather or a reduce-scatter half of that."""
-    states, activations = train.memory_estimate(s, c, dtype)
+    states, activations = memory_estimate(Transformer, c, s, dtype, pick_device(s)[0].type)
     with torch.device('meta'):
         model = Transformer(c)
     P, size = sum(p.numel() for p in model.parameters()), 4 if dtype == torch.float32 else 2    # bytes that compute

@@ -4,8 +4,6 @@
 #       --n_routed_experts=3 --n_shared_experts=1 --calibration=data/tinyshakespeare-smollm2
 #   python train.py config/smol135_heal.py
 # The architecture comes with the weights. Local folders do in the place of the Hub id. Needs about 8 GB.
-# Nothing is frozen and there is no teacher: both were tried on this text, see the README. For another one:
-# --distill_from=HuggingFaceTB/SmolLM2-135M, which takes 0.6 GB more, and --freeze=embed_tokens.
 init_from = 'out/smol135-upcycled'
 out_dir = 'out/smol135-heal'
 dataset = 'tinyshakespeare-smollm2'

@@ -8,6 +8,8 @@ import torch
 
 import bench, train
 from model import Cache, Config
+from nanoseek.device import pick_device
+from nanoseek.estimate import memory_estimate
 
 HERE = Path(bench.__file__).resolve().parent
 TINY = ['--hidden_size=64', '--num_hidden_layers=2', '--num_attention_heads=4', '--n_routed_experts=4',
@@ -114,7 +116,7 @@ def test_cache_bytes_are_those_of_a_cache():
     rows = bench.cache_rows(c, torch.bfloat16)
     others = c, bench.replace(c, attention='gqa', num_key_value_heads=1), bench.replace(c, attention='gqa')
     for row, other in zip(rows, others, strict=True):
-        cache = Cache(other, 1, 128, torch.bfloat16, 'cpu')
+        cache = Cache(other, 1, 128, torch.empty(0), torch.bfloat16)
         assert row['bytes_per_token'] * 128 == sum(b.numel() * 2 for layer in cache.layers for b in layer)
 
 
@@ -131,10 +133,11 @@ def test_nothing_is_called_compiled_that_is_not(tmp_path):
     assert done.stderr.splitlines()[-1].startswith('bench.py: compile=True: torch.compile does not work here (')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', ('adamw', 'muon'))
 def test_a_step_takes_the_memory_of_the_estimate(optimizer):
     c = Config(vocab_size=4096, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, n_shared_experts=1,
                n_routed_experts=4, moe_intermediate_size=1024, kv_lora_rank=128)
     t = train.Settings(batch_size=2, block_size=256, optimizer=optimizer, device='cpu')
-    estimate = sum(train.memory_estimate(t, c, train.pick_device(t)[1]))
+    estimate = sum(memory_estimate(bench.Transformer, c, t, pick_device(t)[1], 'cpu'))
     assert 0.9 < estimate / bench.measured_memory(t, c) < 1.1

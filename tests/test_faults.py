@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import config, prepare, train
 from model import Config, Transformer
+from nanoseek.estimate import memory_estimate
 
 HERE = Path(train.__file__).resolve().parent
 DENSE = ['--attention=gqa', '--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2',
@@ -36,17 +37,14 @@ def data(tmp_path_factory):
     return folder / 'small'
 
 
-@functools.cache
-def estimated(settings, model, dtype):
-    return ESTIMATE(train.Settings(**json.loads(settings)), Config(**json.loads(model)), dtype)
+ESTIMATE = functools.cache(lambda settings, c, dtype, kind: memory_estimate(
+    Transformer, Config(**json.loads(c)), train.Settings(**json.loads(settings)), dtype, kind))
 
 
-ESTIMATE = train.memory_estimate        # the same for all runs of a model, and the longest part of a start
-
-
-def remembered(s, c, dtype):
-    names = 'batch_size', 'block_size', 'gradient_checkpointing', 'doc_attention_mask', 'optimizer', 'device'
-    return estimated(json.dumps({name: getattr(s, name) for name in names}), json.dumps(asdict(c)), dtype)
+def remembered(model_class, c, s, dtype, kind):
+    """memory_estimate, the longest part of a start, once for all runs of a model"""
+    names = 'batch_size', 'block_size', 'gradient_checkpointing', 'doc_attention_mask', 'optimizer'
+    return ESTIMATE(json.dumps({name: getattr(s, name) for name in names}), json.dumps(asdict(c)), dtype, kind)
 
 
 def call(folder, data, *args, base=DENSE):

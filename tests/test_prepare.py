@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import prepare
-from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer, open_data, permute, save_tokenizer,
+from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer, open_data, permute,
                      schedule, scramble, whole_counts)
+from model import Config
+from nanoseek.hf import write_companions
 from support import asset
 
 HERE = Path(prepare.__file__).parent
@@ -985,7 +987,8 @@ def test_saved_tokenizer_is_transformers_own(tmp_path, spec):
         folder.mkdir()
         if model_type:
             (folder / 'config.json').write_text(json.dumps({'model_type': model_type}))
-        save_tokenizer(data.directory, folder, 1, data.eot_id, 123)
+        about = Config(bos_token_id=1, eos_token_id=data.eot_id, max_position_embeddings=123)
+        write_companions(folder, tokenizer, about, {})
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         assert theirs(text)['input_ids'] == encode(tokenizer, text)
         assert theirs.decode(theirs(text)['input_ids']) == text

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 
 import config, train
 from model import Config, Transformer
+from nanoseek.hf import named_views
+from nanoseek.device import check_fp8, to_fp8
+from nanoseek.estimate import parameter_table
+from nanoseek.optim import parameter_groups
 from support import asset
 
 os.environ['HF_HUB_OFFLINE'] = '1'                          # read when huggingface_hub is loaded, here and in processes
@@ -200,7 +204,7 @@ def shape(name, **settings):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_file_says_how_many_parameters_it_has(name):
-    table, text = train.parameter_table(shape(name)), (HERE / f'config/{name}.py').read_text()
+    table, text = parameter_table(shape(name)), (HERE / f'config/{name}.py').read_text()
     head = ' '.join(line.lstrip('# ') for line in text.partition('\nout_dir')[0].splitlines())
     told = re.findall(r'([\d.,]*\d)([MB]?) (parameters)', head) + re.findall(r'([\d.]+)([MB]) (active)', head)
     assert told[0][2] == 'parameters' and len(told) <= 2
@@ -211,13 +215,13 @@ def test_a_config_file_says_how_many_parameters_it_has(name):
 
 
 def test_the_counts_are_the_known_ones():
-    table = train.parameter_table(shape('smol135'))
+    table = parameter_table(shape('smol135'))
     parts = {'attention': 25_989_120, 'moe': 318_556_800, 'embedding': 28_311_552, 'norms': 38_976}
     assert {k: n for k, n in table.items() if n and k not in ('total', 'active')} == parts
     biases = [b.numel() for n, b in shape('linear10').named_buffers() if n.endswith('e_score_correction_bias')]
     assert biases == [4] * 4
     names = 'v3_tiny', 'v3_mini', 'shakespeare'
-    tiny, mini, shakespeare = (train.parameter_table(shape(name))['total'] / 1e9 for name in names)
+    tiny, mini, shakespeare = (parameter_table(shape(name))['total'] / 1e9 for name in names)
     assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.005
 
 
@@ -420,16 +424,6 @@ def test_smollm2_is_fine_tuned_on_its_own_tokens_alone(home, tmp_path, call):
         a, b, before = ours(idx)[0], theirs(idx).logits, Transformer.from_pretrained(folder)(idx)[0]
     assert (a - b).abs().max() < 1e-3 < 1e-2 < (a - before).abs().max()
     shutil.rmtree(tmp_path / 'out')
-
-
-def test_lr_at_is_what_was_computed_by_hand():
-    cosine = train.Settings(learning_rate=2.0, warmup_steps=10, max_steps=110, min_lr_frac=0.1)
-    for step, lr in {0: 0.2, 4: 1.0, 9: 2.0, 10: 2.0, 35: 1.73639610306789, 60: 1.1, 110: 0.2, 200: 0.2}.items():
-        assert train.lr_at(step, cosine) == pytest.approx(lr, rel=1e-12)
-    wsd = train.Settings(learning_rate=2.0, warmup_steps=0, max_steps=100, min_lr_frac=0.0, schedule='wsd',
-                         decay_frac=0.2)
-    for step, lr in {0: 2.0, 50: 2.0, 80: 2.0, 90: 1.0, 99: 0.1, 100: 0.0}.items():
-        assert train.lr_at(step, wsd) == pytest.approx(lr, abs=1e-12)
 
 
 @pytest.mark.parametrize('cxx', [slow(None), 'no-such-compiler'])
@@ -723,106 +717,6 @@ def test_mistakes_end_a_real_process_with_status_2(tmp_path):
 # Muon
 
 
-def svd_step(x):
-    """U V^T in float64"""
-    u, _, v = torch.linalg.svd(x.double(), full_matrices=False)
-    return u @ v
-
-
-@pytest.mark.parametrize('shape', [(3, 8, 8), (2, 5, 40), (2, 3, 40, 7), (1, 1, 64)])
-def test_newton_schulz_is_about_the_orthogonal_factor_of_the_svd(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    y, wanted = train.orthogonal(x, torch.float32), svd_step(x)
-    values = torch.linalg.svdvals(y.double())
-    assert 0.6 < values.min() and values.max() < 1.25 and y.shape == x.shape
-    cosine = (y * wanted).flatten(-2).sum(-1) / (y.flatten(-2).norm(dim=-1) * wanted.flatten(-2).norm(dim=-1))
-    assert cosine.min() > 0.97
-
-
-def muon(model, **settings):
-    s = train.Settings(optimizer='muon', learning_rate=0.02, weight_decay=0.1, **settings)
-    return train.Muon(train.parameter_groups(model, s), s.learning_rate, (s.beta1, s.beta2), s.eps,
-                      dist=train.OneDevice(), dtype=torch.bfloat16)      # as torch's has it
-
-
-def split_rows(model):
-    """{name: the matrices that a parameter consists of}, written out again: heads, latent and rope rows, gate and up,
-    experts; None: AdamW's"""
-    c, found = model.config, {}
-    dn, dr, dv = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-    for name, p in model.named_parameters():
-        sizes = None
-        if p.dim() > 1 and not name.endswith(('embed_tokens.weight', 'lm_head.weight', 'gate.weight')):
-            sizes = [p.shape[-2]]
-            if c.attention == 'mla':
-                sizes = ([dn + dr] * c.num_attention_heads if 'q_proj' in name or 'q_b_proj' in name else
-                         [dn, dv] * c.num_attention_heads if 'kv_b' in name else
-                         [c.kv_lora_rank, dr] if 'kv_a' in name else sizes)
-            elif name.endswith(('q_proj.weight', 'k_proj.weight', 'v_proj.weight')):
-                sizes = [c.head_dim] * (p.shape[0] // c.head_dim)
-            if 'gate_up' in name:
-                sizes = [c.moe_intermediate_size] * 2
-        found[name] = sizes
-    return found
-
-
-@pytest.mark.parametrize('kind', [dict(attention='gqa', num_key_value_heads=2),
-                                  dict(attention='mla', q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=6,
-                                       qk_rope_head_dim=4, v_head_dim=5, n_routed_experts=4, n_shared_experts=1,
-                                       moe_intermediate_size=9, num_nextn_predict_layers=1, first_k_dense_replace=1)])
-def test_muon_is_torchs_on_every_head_gate_up_and_expert_and_adamw_on_the_rest(kind):
-    torch.manual_seed(0)
-    model = Transformer(Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **kind))
-    ours, pieces, sizes_of = muon(model.train()), {}, split_rows(model)
-    for name, sizes in sizes_of.items():
-        p = model.get_parameter(name).detach()
-        pieces[name] = ([part.clone() for part in p.split(sizes, -2)] if p.dim() == 2 else
-                        [part.clone() for e in p for part in e.split(sizes, -2)]) if sizes else [p.clone()]
-    flat = lambda wanted: [part for name, sizes in sizes_of.items() if wanted(sizes, name) for part in pieces[name]]
-    decay = {'lr': 0.02, 'weight_decay': 0.1}
-    theirs = [torch.optim.Muon(flat(lambda sizes, _: sizes), momentum=0.95, nesterov=True, **decay,
-                               adjust_lr_fn='match_rms_adamw'),
-              torch.optim.AdamW(flat(lambda sizes, name: not sizes and 'norm' not in name), betas=(0.9, 0.95), **decay),
-              torch.optim.AdamW(flat(lambda sizes, name: not sizes and 'norm' in name), betas=(0.9, 0.95), lr=0.02,
-                                weight_decay=0.0)]
-    for step in range(3):
-        for name, sizes in sizes_of.items():
-            p = model.get_parameter(name)       # random: of a real gradient, bfloat16 rounds the small singular values
-            p.grad = torch.randn_like(p)
-            parts = ([*p.grad.split(sizes, -2)] if p.dim() == 2 else [q for e in p.grad for q in e.split(sizes, -2)]
-                     ) if sizes else [p.grad]
-            for piece, part in zip(pieces[name], parts, strict=True):
-                piece.grad = part.clone()
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        ours.step()
-        for optimizer in theirs:
-            optimizer.step()
-        for name in pieces:
-            now = model.get_parameter(name).detach()
-            wanted = torch.cat([part.flatten() for part in pieces[name]]).view_as(now)
-            assert (now - wanted).norm() <= (0.06 if sizes_of[name] else 1e-5) * (now - before[name]).norm(), name
-            now.copy_(wanted)
-
-
-def test_muon_leaves_an_idle_expert_where_it_is():
-    torch.manual_seed(0)
-    model = Transformer(Config(vocab_size=9, hidden_size=16, num_hidden_layers=1, n_routed_experts=4)).train()
-    optimizer, idx = muon(model), torch.randint(0, 9, (4, 8))
-    experts = model.moe_layers[0].experts
-    for group in optimizer.param_groups:
-        group['weight_decay'] = 0.0
-    model(idx, idx)[1].backward()
-    optimizer.step()                                        # all have momentum now
-    model.zero_grad()
-    model.moe_layers[0].gate.e_score_correction_bias[2] = -100.0
-    before = [p.detach().clone() for p in (experts.gate_up_proj, experts.down_proj)]
-    model(idx, idx)[1].backward()
-    optimizer.step()
-    for p, old in zip((experts.gate_up_proj, experts.down_proj), before):
-        moved = (p != old).flatten(1).any(1).tolist()
-        assert moved == [True, True, False, True]
-
-
 def test_muon_resumes_bit_identically_and_learns(home, trained, tmp_path):
     (tmp_path / 'whole').mkdir()
     whole = trained(tmp_path / 'whole', '--optimizer=muon', '--dtype=bfloat16')
@@ -866,7 +760,7 @@ def emulated(call, tmp_path, monkeypatch):
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         run = train.setup(train.Settings(**given), model_settings, train.OneDevice())
         if recipe:
-            train.to_fp8(run.model, recipe, emulate=True)
+            to_fp8(run.model, recipe, emulate=True)
         if train.start(run):
             train.train(run)
         for number, handler in handlers.items():
@@ -894,7 +788,7 @@ def test_an_fp8_linear_is_the_product_of_rounded_matrices_forward_and_backward(t
     torch.manual_seed(0)
     c = Config(vocab_size=9, hidden_size=48, num_hidden_layers=1, attention='gqa', num_attention_heads=2, head_dim=16)
     model = Transformer(c)
-    train.to_fp8(model, recipe, emulate=True)
+    to_fp8(model, recipe, emulate=True)
     linear = model.model.layers[0].self_attn.q_proj         # 48 -> 32
     x, grad = torch.randn(5, 48, requires_grad=True), torch.randn(5, 32) * torch.logspace(-2, 1, 5)[:, None]
     y = linear(x)
@@ -914,24 +808,24 @@ def test_fp8_is_in_attention_dense_and_shared_mlps_and_changes_no_name_or_weight
     build = lambda: torch.manual_seed(1) and Transformer(Config(vocab_size=64, **settings))
     plain, model = build(), build()
     parameters = dict(model.named_parameters())
-    train.to_fp8(model, 'rowwise', emulate=True)
+    to_fp8(model, 'rowwise', emulate=True)
     attention = ('kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')       # the q LoRA's rank is no multiple of 16
     mlp = ('gate_proj', 'up_proj', 'down_proj')
     assert sorted(in_fp8(model)) == sorted(
         [f'model.layers.{i}.self_attn.{n}' for i in range(3) for n in attention] +
         [f'model.layers.{i}.mlp.{"shared_experts." if i else ""}{n}' for i in range(3) for n in mlp])
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    for kind in ('named_parameters', 'named_buffers', 'named_views'):
-        ours, theirs = list(getattr(model, kind)()), list(getattr(plain, kind)())
+    for kind in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers, lambda m: named_views(m).items()):
+        ours, theirs = list(kind(model)), list(kind(plain))
         assert [n for n, _ in ours] == [n for n, _ in theirs]
         assert all(a.dtype == b.dtype and a.equal(b) for (_, a), (_, b) in zip(ours, theirs))
     index = {id(p): name for m in (model, plain) for name, p in m.named_parameters()}
     for s in (train.Settings(optimizer='muon'), train.Settings()):
-        ours, theirs = ([{**g, 'params': [index[id(p)] for p in g['params']]} for g in train.parameter_groups(m, s)]
+        ours, theirs = ([{**g, 'params': [index[id(p)] for p in g['params']]} for g in parameter_groups(m, s)]
                         for m in (model, plain))
         assert ours == theirs
     with pytest.raises(ValueError, match='fp8=rowwise.*multiples of 16'):
-        train.to_fp8(Transformer(Config(vocab_size=9, hidden_size=24, attention='gqa')), 'rowwise', emulate=True)
+        to_fp8(Transformer(Config(vocab_size=9, hidden_size=24, attention='gqa')), 'rowwise', emulate=True)
 
 
 def test_fp8_without_its_package_says_how_to_get_it(monkeypatch):
@@ -939,10 +833,10 @@ def test_fp8_without_its_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
     for dtype, words in ((torch.bfloat16, 'pip install torchao'), (torch.float16, 'dtype=float16')):
         with pytest.raises(ValueError, match=f'^fp8=rowwise.*{words}$'):
-            train.check_fp8('rowwise', torch.device('cuda'), dtype)
+            check_fp8('rowwise', torch.device('cuda'), dtype)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 6))
     with pytest.raises(ValueError, match='device=cuda has no FP8.*8.9'):
-        train.check_fp8('rowwise', torch.device('cuda'), torch.bfloat16)
+        check_fp8('rowwise', torch.device('cuda'), torch.bfloat16)
 
 
 def test_200_steps_in_emulated_fp8_follow_bfloat16_within_a_percent(torchao, emulated):
