@@ -118,10 +118,10 @@ def memory_estimate(model_class, c, s, dtype, device_type):
         with Live(*model.parameters(), *model.buffers(), *gradients) as live:
             optimizer = make_optimizer(s, model, dtype)
             optimizer.step()
-            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
             states = live.now
             update = live.peak - states
             live.peak = states
+            idx = torch.zeros(s.batch_size, s.block_size, dtype=torch.int64)
             with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
                 _, loss = model(idx, idx)
             loss.backward()
