@@ -26,7 +26,8 @@ from nanoseek.device import check_fp8, compiled, matmul_rate, memory_limit, peak
 from nanoseek.estimate import advice, architecture, describe, flops_per_token, memory_estimate, parameter_table
 from nanoseek.monitor import Log, Silence, culprit
 from nanoseek.optim import learning_rate_at, make_optimizer
-from prepare import NoDataset, decode, encode, load_tokenizer, open_data
+from nanoseek.tokens import NoDataset, open_data
+from prepare import decode, encode, load_tokenizer
 
 STARTED = time.time()
 VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
