@@ -35,8 +35,8 @@ from nanoseek import hf, ops
 
 @dataclass
 class Config:
-    """The architecture: the keys of Hugging Face's config.json, and at the end what only
-    training uses."""
+    """The architecture, by the keys of Hugging Face's config.json. The last ones are only of
+    use in training."""
     vocab_size: int = 0                     # V; 0: the dataset's own
     hidden_size: int = 128                  # D, width of the residual stream
     intermediate_size: int = 0              # width of a dense layer's SwiGLU; 0: 8/3 of hidden_size

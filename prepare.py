@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from nanoseek import files, signals
+from nanoseek import files, hf, signals
 from nanoseek.hf import hub_folder
 from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData, file_name, open_split
 
@@ -1049,9 +1049,17 @@ def inspect(folder, top=20, samples=3):
 # Reading: tokenizers
 
 def load_tokenizer(path):
-    """A tokenizer.json, or a folder with one -> tokenizers.Tokenizer"""
-    path = Path(path) / 'tokenizer.json' if Path(path).is_dir() else path
-    return parse_tokenizer(must_exist(path).read_bytes(), path)
+    """A tokenizer.json, or a folder of a dataset or a model with one -> tokenizers.Tokenizer. Where a text spells a
+    special token, it is that token only if the folder says so"""
+    file = Path(path) / 'tokenizer.json' if Path(path).is_dir() else path
+    tokenizer = parse_tokenizer(must_exist(file).read_bytes(), file)
+    tokenizer.encode_special_tokens = not special_in_text(path)
+    return tokenizer
+
+def special_in_text(folder):
+    if (Path(folder) / 'meta.json').is_file():
+        return json.loads((Path(folder) / 'meta.json').read_bytes()).get('recipe', {}).get('special_in_text', False)
+    return (Path(folder) / 'config.json').is_file() and hf.special_in_text(folder)
 
 def parse_tokenizer(data, name):
     from tokenizers import Tokenizer

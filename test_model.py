@@ -671,16 +671,17 @@ def paired(name, rows, dr=8):
 
 
 @pytest.mark.parametrize('kind', HF)
-def test_transformers_models_load_with_equal_logits_and_gradients_and_go_back(kind, tmp_path, capsys):
+def test_transformers_models_load_with_equal_logits_and_gradients_and_go_back(kind, tmp_path, caplog):
     transformers, (name, settings), (idx, targets) = pytest.importorskip('transformers'), HF[kind], batch()
     torch.manual_seed(8)
     config = getattr(transformers, f'{name}Config')(**SIZES, **settings)
     theirs = shake(getattr(transformers, f'{name}ForCausalLM')(config))
     theirs.save_pretrained(tmp_path / 'theirs')
-    capsys.readouterr()
-    ours, said = Transformer.from_pretrained(tmp_path / 'theirs').eval(), ''.join(capsys.readouterr())
+    caplog.clear()
+    ours, said = Transformer.from_pretrained(tmp_path / 'theirs').eval(), caplog.messages
     promised = config.to_dict().get('num_nextn_predict_layers')
-    assert said.count('MTP layers') == said.count('\n') == bool(promised) and not ours.config.num_nextn_predict_layers
+    assert len(said) == bool(promised) and all('MTP layers' in line for line in said)
+    assert not ours.config.num_nextn_predict_layers
     if promised:                                             # and asked for, they are missed by name
         refused('model.layers.3. (48,)', Transformer.from_pretrained, tmp_path / 'theirs', num_nextn_predict_layers=1)
     close(ours(tokens())[0], theirs(tokens()).logits)
@@ -845,7 +846,6 @@ def test_no_vocabulary_and_too_long_an_input_are_refused():
 @pytest.mark.parametrize('attention, change, words', [
     *(('mla', {name: None}, name) for name in ('vocab_size', 'hidden_size', 'kv_lora_rank', 'norm_topk_prob')),
     ('gqa', {'n_group': None}, 'n_group'), ('gqa', {'num_experts_per_tok': None}, 'num_experts_per_tok'),
-    ('gqa', {'rope_theta': None, 'rope_parameters': None}, 'rope_theta'),
     ('mla', {'model_type': 'mamba'}, 'mamba deepseek_v3 llama'), ('mla', {'model_type': None}, 'model_type None'),
     ('mla', {'quantization_config': {'quant_method': 'fp8'}}, 'quantization_config fp8'),
     ('gqa', {'attention_bias': True}, 'attention_bias=True'), ('gqa', {'sliding_window': 4096}, 'sliding_window=4096'),
@@ -853,7 +853,7 @@ def test_no_vocabulary_and_too_long_an_input_are_refused():
 def test_a_config_json_that_cannot_be_represented_is_refused(attention, change, words, tmp_path):
     make(attention).save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text()) | change
-    (tmp_path / 'config.json').write_text(json.dumps({k: v for k, v in config.items() if change.get(k, v) is not None}))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
     refused(words, Transformer.from_pretrained, tmp_path)
 
 

@@ -301,7 +301,7 @@ def write_checkpoint(final, run, state, weights, settings, card):
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         run.model.save_pretrained(tmp, state=weights)
-        hf.write_companions(tmp, load_tokenizer(run.data.directory), c, run.companions)
+        hf.write_companions(tmp, load_tokenizer(run.data.directory), c, run.companions, run.data.special_in_text)
         texts = {'README.md': card, 'trainer/settings.json': json.dumps(settings, indent=1) + '\n'}
         (tmp / 'trainer').mkdir()
         for name, text in texts.items():

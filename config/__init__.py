@@ -1,89 +1,199 @@
-"""Settings are the fields of a dataclass, one commented line each. Config files (Python, executed) and --name=value (or
---name value) override them in the order given, later wins. --help lists them.
+"""Settings are the fields of a dataclass, one commented line each. Config files (Python, executed)
+and --name=value (or --name value) override them in the order given; later wins. --help lists them.
 
-    settings, model_settings = config.load(Settings, model.Config)     # a dict of what was given, per class
+    settings, model_settings = config.load(Settings, model.Config)  # a dict of what was given, each
 """
-import ast, contextlib, dataclasses, difflib, inspect, re, sys, types, typing
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import traceback
+import types
+import typing
 from pathlib import Path
+
 
 @contextlib.contextmanager
 def user_errors():
-    """A user's mistake (ValueError, OSError) ends in one line on stderr and exit status 2, a bug in its traceback"""
+    """What a script runs in. A user's mistake (ValueError, OSError) ends in one line on stderr and
+    exit status 2, a bug in its traceback. A letter that the terminal does not have is printed as
+    its escape, and a pipe that is closed, as by head, ends the script without a word."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        abandon_stdout()
+        sys.exit(1)
     except (ValueError, OSError) as e:
-        print(f'{Path(sys.argv[0]).name}: {" ".join(str(e).split())}', file=sys.stderr)
+        abandon_stdout()
+        line = ' '.join(str(e).split())
+        with contextlib.suppress(OSError):
+            print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
         sys.exit(2)
 
+
+def abandon_stdout():
+    """What could not be written is given up, or Python would try it again when it ends."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+
+
 def load(*classes, argv=None, positional='', usage=''):
-    """Read argv (config files, --name=value) -> a dict {name: value} of what was given for each dataclass.
-    positional: names of the fields that bare arguments which are no config files go to. Raises ValueError, OSError."""
-    argv, given = list(sys.argv[1:] if argv is None else argv), {}
-    hints = {name: hint for c in classes for name, hint in typing.get_type_hints(c).items()}
+    """Reads argv -> for each dataclass, a dict {name: value} of what was given. positional: names
+    of the fields that bare arguments go to which are no config files. ValueError, OSError"""
+    if argv is None:
+        argv = sys.argv[1:]
     if '--help' in argv or '-h' in argv:
         print(usage.strip(), *map(describe, classes), sep='\n\n')
         sys.exit(0)
-    while argv:
-        arg = argv.pop(0)
+    hints = {}
+    for cls in classes:
+        hints.update(typing.get_type_hints(cls))
+    free = positional.split()
+    given = {}
+    rest = list(argv)
+    while rest:
+        arg = rest.pop(0)
         if arg.startswith('--'):
-            name, eq, text = arg[2:].partition('=')
-            if not eq and hints.get(name) is bool and (not argv or argv[0].lower() not in ('true', 'false')):
-                text = 'true'                                       # a bare --flag
-            elif not eq and name in hints and not argv:
-                raise ValueError(f'--{name} needs a value')
-            elif not eq and name in hints:
-                text = argv.pop(0)
+            name, text = option(arg, rest, hints)
             given[name] = typed(name, text, hints, 'on the command line', literal(text))
         elif arg.endswith('.py'):
-            given |= {name: typed(name, value, hints, f'in {arg}') for name, value in read_file(arg).items()}
-        elif free := [name for name in positional.split() if name not in given]:
-            given[free[0]] = arg
+            for name, value in read_file(arg).items():
+                given[name] = typed(name, value, hints, f'in {arg}')
+        elif free:
+            given[free.pop(0)] = arg
         else:
-            raise ValueError(f"unexpected argument '{arg}': a config file ends in .py, a setting is --name=value")
-    return [{f.name: given[f.name] for f in dataclasses.fields(c) if f.name in given} for c in classes]
+            raise ValueError(f"unexpected argument '{arg}': a config file ends in .py, a setting "
+                             'is --name=value')
+    found = []
+    for cls in classes:
+        names = [field.name for field in dataclasses.fields(cls)]
+        found.append({name: given[name] for name in names if name in given})
+    return found
+
+
+def option(arg, rest, hints):
+    """--name=value, or --name with its value first in rest, from which it is taken -> name, text"""
+    name, equals, text = arg[2:].partition('=')
+    if equals or name not in hints:
+        return name, text
+    if hints[name] is bool and (not rest or rest[0].lower() not in ('true', 'false')):
+        return name, 'true'                                 # a bare --flag
+    if not rest:
+        raise ValueError(f'--{name} needs a value')
+    return name, rest.pop(0)
+
 
 def near(name, names, otherwise=''):
-    return f", did you mean '{found[0]}'?" if (found := difflib.get_close_matches(name, names, 1)) else otherwise
+    """A suggestion for a name that is not one of names"""
+    found = difflib.get_close_matches(name, names, 1)
+    if found:
+        return f", did you mean '{found[0]}'?"
+    return otherwise
+
 
 def read_file(path):
+    """Executes a config file -> {name: value} of what it assigns"""
     if not Path(path).is_file():
-        raise ValueError(f"no config file '{path}'" + near(path, [str(p) for p in Path('config').glob('[!_]*.py')]))
+        files = [str(file) for file in Path('config').glob('[!_]*.py')]
+        raise ValueError(f"no config file '{path}'" + near(path, files))
+    scope = {'__file__': path}
     try:
-        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope := {'__file__': path})
+        exec(compile(Path(path).read_text(encoding='utf-8'), path, 'exec'), scope)
     except SyntaxError as e:
         raise ValueError(f'{path}, line {e.lineno}: {e.msg}') from e
-    return {k: v for k, v in scope.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not UTF-8 text: {e}') from e
+    except Exception as e:                                  # whatever its code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__)
+                 if frame.filename == path]
+        raise ValueError(f'{path}, line {lines[-1]}: {type(e).__name__}: {e}') from e
+    found = {}
+    for name, value in scope.items():
+        if not name.startswith('_') and not isinstance(value, types.ModuleType):
+            found[name] = value
+    return found
+
 
 def literal(text):
     """'1e4' -> 10000.0, 'true' -> True, 'none' -> None; other text, also quoted, stays as it is."""
-    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-        value = ast.literal_eval({'true': 'True', 'false': 'False', 'none': 'None'}.get(text.lower(), text))
-        return text if isinstance(value, str) else value
-    return text
+    words = {'true': True, 'false': False, 'none': None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    if isinstance(value, str):
+        return text
+    return value
+
 
 def typed(name, value, hints, where, *first):
-    """The value as its field's type: 1e4 is a count where an int is wanted, 1 a float."""
+    """The value, or rather one of first, as its field's type: 1e4 is a count where an int is
+    wanted, 1 a float. ValueError where it is neither, or no field has the name"""
     if name not in hints:
-        raise ValueError(f"unknown setting '{name}' {where}" + near(name, hints, ' (--help lists them)'))
-    hint = hints[name]
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for v in (*first, value):
-        for kind in kinds:
-            if type(v) is kind or any(v == a and type(v) is type(a) for a in typing.get_args(kind)):    # a Literal's
-                return v
-            if kind in (int, float) and type(v) in (int, float) and (kind is float or v == v // 1 and abs(v) < 2**63):
-                return kind(v)
-    raise ValueError(f'{name}={value!r} {where}: wanted {wanted(hint)}')
+        raise ValueError(f"unknown setting '{name}' {where}"
+                         + near(name, hints, ' (--help lists them)'))
+    for candidate in (*first, value):
+        for kind in kinds(hints[name]):
+            if typing.get_origin(kind) is typing.Literal:
+                if is_one_of(candidate, typing.get_args(kind)):
+                    return candidate
+            elif type(candidate) is kind:
+                return candidate
+            elif kind is float and type(candidate) is int:
+                return float(candidate)
+            elif kind is int and type(candidate) is float and is_whole(candidate):
+                return int(candidate)
+    raise ValueError(f'{name}={value!r} {where}: wanted {wanted(hints[name])}')
+
+
+def kinds(hint):
+    """The types of `int | None`, or the one type that it is"""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def is_one_of(value, choices):
+    """As `in`, but 1 is not True"""
+    return any(value == choice and type(value) is type(choice) for choice in choices)
+
+
+def is_whole(number):
+    return abs(number) < 2**63 and number == int(number)
+
 
 def wanted(hint):
-    names = [wanted(a) if isinstance(a, type) else str(a).lower() for a in typing.get_args(hint)]
-    between = '|' if typing.get_origin(hint) is typing.Literal else ' or '
-    return between.join(names) or hint.__name__.replace('NoneType', 'none')
+    """A type in words"""
+    if typing.get_origin(hint) is typing.Literal:
+        return '|'.join(str(choice).lower() for choice in typing.get_args(hint))
+    names = [getattr(kind, '__name__', str(kind)) for kind in kinds(hint)]
+    return ' or '.join(names).replace('NoneType', 'none')
+
 
 def describe(cls):
-    """A line per field: name, default, type and the comment behind it in the source."""
-    notes = dict(re.findall(r'^    (\w+):[^#\n]*#\s*(.*)$', ''.join(map(inspect.getsource, cls.__mro__[:-1])), re.M))
-    rows = [(f'  --{f.name}={f.default!r}', wanted(hint), notes.get(f.name, ''))
-            for f, hint in zip(dataclasses.fields(cls), typing.get_type_hints(cls).values())]
-    w = [max(len(r[i]) for r in rows) for i in (0, 1)]
-    return '\n'.join([inspect.getdoc(cls).split('\n')[0], *(f'{a:{w[0]}}  {b:{w[1]}}  {c}' for a, b, c in rows)])
+    """A line for each field: name, default, type and the comment behind it in the source."""
+    source = ''.join(inspect.getsource(base) for base in cls.__mro__[:-1])
+    notes = dict(re.findall(r'^    (\w+):[^#\n]*#\s*(.*)$', source, re.M))
+    hints = typing.get_type_hints(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        rows.append((f'  --{field.name}={field.default!r}', wanted(hints[field.name]),
+                     notes.get(field.name, '')))
+    first = max(len(row[0]) for row in rows)
+    second = max(len(row[1]) for row in rows)
+    lines = [inspect.getdoc(cls).split('\n')[0]]
+    for name, kind, note in rows:
+        lines.append(f'{name:{first}}  {kind:{second}}  {note}')
+    return '\n'.join(lines)

@@ -7,6 +7,7 @@ A checkpoint is a folder step-N: a Hugging Face model, and in trainer/ what only
 It has its name only when all of it is on the disk. Nothing in it is executed when it is read.
 """
 import json
+import logging
 import shutil
 import time
 import zlib
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 
 from nanoseek import files, hf
+
+log = logging.getLogger(__name__)
 
 VERSION = 2                         # 1 had no manifest.json
 
@@ -120,6 +123,17 @@ def check_same(found, name, old, new):
                          'or start over with --resume=never')
 
 
+def of_run(name):
+    """A run's folder -> its newest whole checkpoint; any other name as it is. For settings that
+    name a model"""
+    if (Path(name) / 'config.json').is_file() or not checkpoints(name):
+        return name
+    found = newest(name, log.warning)
+    if found is None:
+        raise ValueError(f'no checkpoint in {name} is whole')
+    return found
+
+
 # -------------------------------------------------------------------------------- removing
 
 def clear(out_dir, found, step):
@@ -180,7 +194,8 @@ def cpu_copy(x, whole, keep):
     return x.to('cpu', copy=True)
 
 
-def write(final, model, weights, state, settings, card, tokenizer, companions, keep):
+def write(final, model, weights, state, settings, card, tokenizer, companions, keep,
+          special_in_text=False):
     """Writes out_dir/step-N -> a line that says so. weights: model.snapshot(); card: the text
     of README.md; companions: see hf.write_companions; keep: see prune. OSError"""
     began = time.perf_counter()
@@ -191,7 +206,7 @@ def write(final, model, weights, state, settings, card, tokenizer, companions, k
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         model.save_pretrained(tmp, state=weights)
-        hf.write_companions(tmp, tokenizer, model.config, companions)
+        hf.write_companions(tmp, tokenizer, model.config, companions, special_in_text)
         (tmp / 'README.md').write_text(card, encoding='utf-8')
         (tmp / 'trainer').mkdir()
         hf.write_json(tmp / 'trainer' / 'settings.json', settings)

@@ -333,16 +333,18 @@ def from_pretrained(model_class, config_class, directory, dtype=torch.float32, *
     fields of the config that are to be others; weights that then do not fit are named."""
     directory = Path(directory)
     config = read_config(config_class, directory, **overrides)
+    own_config = read_config(config_class, directory)
     weights = Weights(directory)
-    first_mtp = f'model.layers.{config.num_hidden_layers}.eh_proj.weight'
-    asked_for = 'num_nextn_predict_layers' in overrides
-    if config.num_nextn_predict_layers and first_mtp not in weights.shapes and not asked_for:
-        log.warning(f'{directory}: config.json promises MTP layers that no file has: loaded '
-                    'without')
-        config = replace(config, num_nextn_predict_layers=0)
+    has_mtp = f'model.layers.{own_config.num_hidden_layers}.eh_proj.weight' in weights.shapes
+    if own_config.num_nextn_predict_layers and not has_mtp:
+        own_config = replace(own_config, num_nextn_predict_layers=0)
+        if 'num_nextn_predict_layers' not in overrides:
+            log.warning(f'{directory}: config.json promises MTP layers that no file has: loaded '
+                        'without')
+            config = replace(config, num_nextn_predict_layers=0)
     with torch.device('meta'):
         model = model_class(config)
-    check_leftovers(model, read_config(config_class, directory), model_class, weights)
+    check_leftovers(model, own_config, model_class, weights)
 
     state = {}
     for name, empty in model.state_dict().items():
@@ -456,13 +458,18 @@ def read_companions(directory):
     return found
 
 
-def write_companions(directory, tokenizer, config, companions):
+def write_companions(directory, tokenizer, config, companions, special_in_text=False):
     """Writes the tokenizer's and the generation's files of a model. tokenizer: a
     tokenizers.Tokenizer; companions: those of the model that it was made from, or {}. What
-    they say stays, but for what makes transformers 4 and 5 find other ids in a text."""
+    they say stays, but for what makes transformers 4 and 5 find other ids in a text.
+    special_in_text: whether the data had a special token where a text spells one"""
     directory = Path(directory)
     (directory / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
     values = json.loads(companions.get('tokenizer_config.json', '{}'))
+    if special_in_text:
+        values.pop('split_special_tokens', None)
+    elif 'tokenizer_config.json' not in companions:
+        values['split_special_tokens'] = True
     values.update({
         'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
         'add_bos_token': False, 'add_eos_token': False,
@@ -500,6 +507,15 @@ def added_tokens(tokenizer):
     return found
 
 
+def special_in_text(directory):
+    """Whether a special token that is spelled in a text is that token, for the tokenizer of a
+    model's folder, as in transformers"""
+    file = Path(directory) / 'tokenizer_config.json'
+    if not file.is_file():
+        return True
+    return not read_json(file).get('split_special_tokens', False)
+
+
 def as_list(value):
     """eos_token_id is a number, a list or null"""
     if value is None:
@@ -523,6 +539,7 @@ def stop_ids(directory, config):
 
 def hub_folder(name, files):
     """A folder here, or those files of a repository on the Hugging Face Hub -> Path"""
+    name = str(name)
     if Path(name).is_dir():
         return Path(name)
     parent_is_here = '/' in name and Path(name).parent.is_dir()

@@ -103,6 +103,7 @@ class TokenData:
             self.eot_id = self.meta['eot_id']
             self.vocab_size = int(self.meta['vocab_size'])
             self.row = self.meta.get('pack', 0)         # tokens of a packed row; 0: a stream
+            self.special_in_text = self.meta.get('recipe', {}).get('special_in_text', False)
             shard_tokens = self.meta.get('shard_tokens', 1 << 62)
             tokenizer_sha256 = self.meta['tokenizer']['sha256']
             counts = {}
@@ -264,6 +265,7 @@ class Mixture:
         self.directory = first.directory
         self.vocab_size = first.vocab_size
         self.eot_id = first.eot_id
+        self.special_in_text = first.special_in_text
 
     def check(self):
         for data, _ in self.sources.values():

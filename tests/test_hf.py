@@ -1,0 +1,304 @@
+"""Tests of nanoseek/hf.py: what a folder says of itself decides what is loaded, and what a model
+brings beside its weights is kept. References are transformers' own classes."""
+import json
+import shutil
+from dataclasses import fields
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from model import Config, Transformer
+from nanoseek import hf
+from support import asset
+
+transformers = pytest.importorskip('transformers')
+
+SIZES = {'vocab_size': 61, 'hidden_size': 48, 'intermediate_size': 88, 'num_hidden_layers': 2,
+         'num_attention_heads': 6, 'max_position_embeddings': 64}
+MOE = {'n_routed_experts': 8, 'num_experts_per_tok': 3, 'moe_intermediate_size': 40,
+       'first_k_dense_replace': 1, 'n_group': 1, 'topk_group': 1}
+MLA = {'q_lora_rank': 22, 'kv_lora_rank': 20, 'qk_nope_head_dim': 12, 'qk_rope_head_dim': 8,
+       'v_head_dim': 14}
+KINDS = {'Llama': {'num_key_value_heads': 2},
+         'Glm4Moe': {**MOE, 'num_key_value_heads': 2, 'head_dim': 8,
+                     'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4,
+                                         'partial_rotary_factor': 1.0}},
+         'DeepseekV3': {**MOE, **MLA}}
+
+
+def make_theirs(kind, seed=0, **settings):
+    torch.manual_seed(seed)
+    config = getattr(transformers, f'{kind}Config')(**{**SIZES, **KINDS[kind], **settings})
+    model = getattr(transformers, f'{kind}ForCausalLM')(config).eval()
+    for name, p in model.named_parameters():
+        p.data.mul_(3)                                      # logits far from flat
+    return model
+
+
+def logits_of(model):
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        out = model(idx)
+    if isinstance(out, tuple):
+        return out[0]
+    return out.logits
+
+
+def check_equal(ours, theirs):
+    wanted = logits_of(theirs)
+    assert (logits_of(ours.eval()) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+def edit(file, **changes):
+    values = json.loads(file.read_text(encoding='utf-8'))
+    for name, value in changes.items():
+        if value is ...:
+            values.pop(name, None)
+        else:
+            values[name] = value
+    file.write_text(json.dumps(values), encoding='utf-8')
+
+
+# ------------------------------------------------------------------- which file has a tensor
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder with the shards of two models of transformers, whose index is the second's."""
+    make_theirs('Llama', 0).save_pretrained(tmp_path / 'old', max_shard_size='30KB')
+    new = make_theirs('Llama', 1)
+    new.save_pretrained(tmp_path / 'mixed', max_shard_size='60KB')
+    for file in (tmp_path / 'old').glob('*.safetensors'):
+        shutil.copy(file, tmp_path / 'mixed')
+    return tmp_path / 'mixed', new
+
+
+def test_the_index_decides_which_file_has_a_tensor(sharded):
+    folder, new = sharded
+    check_equal(Transformer.from_pretrained(folder), new)
+    check_equal(transformers.AutoModelForCausalLM.from_pretrained(folder), new)
+
+
+def test_several_sets_of_files_without_an_index_are_refused(sharded):
+    folder, _ = sharded
+    (folder / hf.INDEX).unlink()
+    with pytest.raises(ValueError, match='files of several models.*no model.safetensors.index'):
+        Transformer.from_pretrained(folder)
+
+
+def test_a_file_that_the_index_names_and_that_is_missing_is_an_error(sharded):
+    folder, _ = sharded
+    weight_map = json.loads((folder / hf.INDEX).read_text())['weight_map']
+    (folder / weight_map['model.norm.weight']).unlink()
+    with pytest.raises(ValueError, match='index.json names model-.*, which is missing'):
+        Transformer.from_pretrained(folder)
+
+
+def test_a_tensor_that_the_index_promises_and_that_is_missing_is_an_error(sharded):
+    folder, _ = sharded
+    weight_map = json.loads((folder / hf.INDEX).read_text())['weight_map']
+    other = next(file for file in weight_map.values() if file != weight_map['model.norm.weight'])
+    edit(folder / hf.INDEX, weight_map={**weight_map, 'model.norm.weight': other})
+    with pytest.raises(ValueError, match='has no model.norm.weight'):
+        Transformer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize('change', [{'weight_map': ...}, {'weight_map': {'a': '../b'}},
+                                    {'weight_map': {'a': 3}}])
+def test_an_index_that_is_damaged_is_refused(sharded, change):
+    folder, _ = sharded
+    edit(folder / hf.INDEX, **change)
+    with pytest.raises(ValueError, match=hf.INDEX):
+        Transformer.from_pretrained(folder)
+
+
+def test_one_whole_set_of_files_needs_no_index_and_half_a_set_is_refused(tmp_path):
+    theirs = make_theirs('Llama')
+    theirs.save_pretrained(tmp_path, max_shard_size='60KB')
+    (tmp_path / hf.INDEX).unlink()
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+    sorted(tmp_path.glob('*.safetensors'))[1].unlink()
+    with pytest.raises(ValueError, match='file 2 of the .* is missing'):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_single_file_comes_before_shards_as_in_transformers(sharded):
+    folder, _ = sharded
+    single = make_theirs('Llama', 2)
+    single.save_pretrained(folder / 'single')
+    shutil.copy(folder / 'single/model.safetensors', folder)
+    check_equal(transformers.AutoModelForCausalLM.from_pretrained(folder), single)
+    check_equal(Transformer.from_pretrained(folder), single)
+
+
+def test_saving_over_other_shards_leaves_none_of_them(sharded):
+    folder, _ = sharded
+    ours = Transformer(Config(**SIZES, attention='gqa', num_key_value_heads=2))
+    ours.save_pretrained(folder)
+    assert [file.name for file in folder.glob('*.safetensors*')] == ['model.safetensors']
+    check_equal(ours, transformers.AutoModelForCausalLM.from_pretrained(folder))
+
+
+@pytest.mark.parametrize('file, words', [('pytorch_model.bin', 'pickles are not read'),
+                                         ('adapter_model.safetensors', 'adapter'),
+                                         ('a.gguf', 'GGUF')])
+def test_other_kinds_of_weights_are_named(tmp_path, file, words):
+    make_theirs('Llama').save_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').rename(tmp_path / file)
+    with pytest.raises(ValueError, match=words):
+        Transformer.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------- tensors that have no place
+
+def add_tensor(folder, name, tensor):
+    tensors = load_file(folder / 'model.safetensors')
+    tensors[name] = tensor
+    save_file(tensors, folder / 'model.safetensors', {'format': 'pt'})
+
+
+@pytest.mark.parametrize('name', ['model.layers.1.self_attn.k_norm.weight',
+                                  'model.layers.0.pre_feedforward_layernorm.weight',
+                                  'model.layers.2.input_layernorm.weight', 'score.weight'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_tensor_that_the_model_has_no_place_for_is_refused(tmp_path, kind, name):
+    make_theirs(kind).save_pretrained(tmp_path)
+    Transformer.from_pretrained(tmp_path)
+    add_tensor(tmp_path, name, torch.ones(48))
+    with pytest.raises(ValueError, match=f'{name} has no place in a {kind}ForCausalLM'):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_known_leftovers_are_no_reason_to_refuse(tmp_path):
+    theirs = make_theirs('Llama', tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    add_tensor(tmp_path, 'model.layers.1.self_attn.rotary_emb.inv_freq', torch.ones(4))
+    add_tensor(tmp_path, 'lm_head.weight', theirs.lm_head.weight.detach().clone())
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+
+
+def test_mtp_layers_that_are_not_asked_for_are_left_out(tmp_path):
+    ours = Transformer(Config(**SIZES, **MLA, **MOE, num_nextn_predict_layers=1)).eval()
+    ours.save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', num_nextn_predict_layers=0)
+    again = Transformer.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(again), logits_of(ours))
+    assert len(again.model.layers) == 2
+
+
+def test_a_model_may_be_cut_on_purpose(tmp_path):
+    make_theirs('Llama').save_pretrained(tmp_path)
+    assert len(Transformer.from_pretrained(tmp_path, num_hidden_layers=1).model.layers) == 1
+
+
+# ------------------------------------------------------------------- defaults of their classes
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_config_json_without_a_key_means_its_class_default(kind):
+    config_class = getattr(transformers, f'{kind}Config')
+    defaults = config_class().to_dict()
+    names = [field.name for field in fields(Config)]
+    values = config_class(**{**SIZES, **KINDS[kind], 'rms_norm_eps': 1e-3, 'eos_token_id': 5,
+                             'tie_word_embeddings': True}).to_dict()
+    whole = hf.config_fields(values, names)
+    for key in values.keys() & set(names):
+        less = {name: value for name, value in values.items() if name != key}
+        found = hf.config_fields(less, names)
+        if key in ('head_dim', 'num_key_value_heads') and kind != 'Glm4Moe':
+            assert key not in found                         # it follows from the others
+        elif kind == 'Glm4Moe' and key == 'num_nextn_predict_layers':
+            assert key not in found                         # no class there loads GLM's MTP layers
+        elif key not in ('head_dim', 'first_k_dense_replace', 'num_hidden_layers'):
+            assert found.get(key) == defaults[key], key
+        for name in found.keys() - {key, 'n_routed_experts', 'first_k_dense_replace'}:
+            assert found[name] == whole[name], (key, name)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_without_rope_parameters_theta_is_the_class_default(kind):
+    values = getattr(transformers, f'{kind}Config')(**SIZES, **KINDS[kind]).to_dict()
+    del values['rope_parameters']
+    names = [field.name for field in fields(Config)]
+    if kind == 'Glm4Moe':                                   # which turns half of the dims
+        with pytest.raises(ValueError, match='partial_rotary_factor=0.5'):
+            hf.config_fields(values, names)
+    else:
+        assert hf.config_fields(values, names)['rope_theta'] == 10000.0
+
+
+def test_an_old_llama_that_relies_on_defaults_loads_with_equal_logits(tmp_path):
+    theirs = make_theirs('Llama', num_key_value_heads=6, max_position_embeddings=2048)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for key in ('num_key_value_heads', 'rope_parameters', 'rms_norm_eps', 'head_dim',
+                'max_position_embeddings', 'tie_word_embeddings', 'attention_bias', 'mlp_bias'):
+        config.pop(key, None)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+    check_equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), theirs)
+
+
+# ------------------------------------------------------------- what travels beside the weights
+
+def test_all_stop_ids_are_kept_and_generation_ends_at_each(tmp_path):
+    model = Transformer(Config(**SIZES, attention='gqa', eos_token_id=[2, 30])).eval()
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == [2, 30]
+    again = Transformer.from_pretrained(tmp_path).eval()
+    assert again.config.stop_ids == [2, 30]
+    hf.write_json(tmp_path / 'generation_config.json', {'eos_token_id': [30, 7]})
+    assert hf.stop_ids(tmp_path, again.config) == [2, 30, 7]
+
+    prompt = torch.tensor([[5, 6]])
+    free = again.generate(prompt, 30, temperature=2.0, top_k=None)[0, 2:].tolist()
+    torch.manual_seed(0)
+    free = again.generate(prompt, 30, temperature=2.0)[0, 2:].tolist()
+    first, second = sorted(set(free), key=free.index)[1:3]
+    end = free.index(first) + 1
+    torch.manual_seed(0)
+    stopped = again.generate(prompt, 30, temperature=2.0, stop=[second, first])[0, 2:].tolist()
+    assert stopped == free[:end]
+
+
+def test_companions_travel_into_a_model_made_from_another(tmp_path):
+    source = tmp_path / 'source'
+    shutil.copytree(asset('smollm2'), source, ignore=shutil.ignore_patterns('*.safetensors'))
+    edit(source / 'tokenizer_config.json', padding_side='left', pad_token='<|im_end|>')
+    edit(source / 'generation_config.json', eos_token_id=[2, 30], repetition_penalty=1.1)
+    config = hf.read_config(Config, source)
+    tokenizer = Tokenizer.from_file(str(source / 'tokenizer.json'))
+    out = tmp_path / 'out'
+    out.mkdir()
+    shutil.copy(source / 'config.json', out)
+    hf.write_companions(out, tokenizer, config, hf.read_companions(source))
+
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    original = transformers.AutoTokenizer.from_pretrained(source)
+    messages = [{'role': 'user', 'content': 'Hello, <|im_end|> world'}]
+    for name in ('chat_template', 'pad_token', 'eos_token', 'bos_token', 'padding_side'):
+        assert getattr(theirs, name) == getattr(original, name)
+    assert (theirs.apply_chat_template(messages, add_generation_prompt=True)['input_ids']
+            == original.apply_chat_template(messages, add_generation_prompt=True)['input_ids'])
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == [2, 30]
+    assert generation.repetition_penalty == 1.1
+    again = tmp_path / 'again'                              # and on into the next one
+    again.mkdir()
+    hf.write_companions(again, tokenizer, config, hf.read_companions(out))
+    for name in hf.COMPANIONS:
+        if (out / name).exists():
+            assert (again / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize('special', [False, True])
+def test_the_datas_rule_for_special_tokens_travels_as_transformers_has_it(tmp_path, special):
+    tokenizer = Tokenizer.from_file(asset('smollm2') + '/tokenizer.json')
+    config = Config(**SIZES, attention='gqa', bos_token_id=1, eos_token_id=2)
+    hf.write_companions(tmp_path, tokenizer, config, {}, special_in_text=special)
+    assert hf.special_in_text(tmp_path) == special
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = theirs('<|im_start|>user')['input_ids']
+    assert (1 in ids) == special
+    tokenizer.encode_special_tokens = not special
+    assert tokenizer.encode('<|im_start|>user').ids == ids

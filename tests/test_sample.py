@@ -1,0 +1,154 @@
+"""Tests of sample.py and nanoseek/chat.py. What needs SmolLM2-135M-Instruct looks in the folder
+$NANOSEEK_ASSETS (smollm2/) and is skipped without it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import sample
+from model import Config, Transformer
+from nanoseek import chat, hf
+from support import asset
+
+HERE = Path(sample.__file__).resolve().parent
+
+TEMPLATES = {
+    'roles': "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}"
+             '{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}',
+    'blocks': '{{ bos_token }}\n{%- for m in messages %}\n  {% if m.role == "user" %}\n'
+              '[INST] {{ m.content | trim }} [/INST]\n  {% endif %}\n{% endfor %}\n',
+    'json': '{{ messages | tojson }}{{ messages | tojson(indent=2) }}',
+    'loop': '{% for m in messages %}{% if m.content == "" %}{% break %}{% endif %}'
+            '{{ m.content }}{% endfor %}'}
+
+
+def run(*args, **settings):
+    return subprocess.run([sys.executable, HERE / 'sample.py', *map(str, args)], text=True,
+                          capture_output=True, timeout=120, **settings)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A model of bytes with random weights, and two special tokens."""
+    folder = tmp_path_factory.mktemp('model')
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(['<s>', '</s>'])
+    torch.manual_seed(1)
+    config = Config(vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    attention='gqa', max_position_embeddings=64, bos_token_id=256,
+                    eos_token_id=257)
+    Transformer(config).save_pretrained(folder)
+    hf.write_companions(folder, tokenizer, config, {})
+    return folder
+
+
+# ------------------------------------------------------------------------------------- chat
+
+@pytest.mark.parametrize('template', TEMPLATES)
+@pytest.mark.parametrize('place', ['file', 'tokenizer_config', 'list'])
+def test_templates_are_rendered_as_in_transformers(folder, tmp_path, template, place):
+    transformers = pytest.importorskip('transformers')
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    text = TEMPLATES[template]
+    values = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    if place == 'file':
+        (tmp_path / 'chat_template.jinja').write_text(text)
+    elif place == 'tokenizer_config':
+        values['chat_template'] = text
+    else:
+        values['chat_template'] = [{'name': 'tool_use', 'template': 'no'},
+                                   {'name': 'default', 'template': text}]
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(values))
+    messages = [{'role': 'user', 'content': ' Grüße & <b>"quotes"</b>\n'}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    wanted = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat.render(tmp_path, messages) == wanted
+
+
+def test_smollm2_is_asked_by_its_own_template():
+    transformers = pytest.importorskip('transformers')
+    folder = asset('smollm2')
+    messages = [{'role': 'user', 'content': 'What is the capital of France?'}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    wanted = theirs.apply_chat_template(messages, add_generation_prompt=True)['input_ids']
+    settings = sample.Settings(prompt=messages[0]['content'], chat=True)
+    tokenizer = sample.load_tokenizer(folder)
+    assert sample.encode_prompt(settings, folder, tokenizer) == wanted
+    done = run(f'--checkpoint={folder}', '--chat', '--temperature=0', '--max_new_tokens=20',
+               f'--prompt={messages[0]["content"]}')
+    assert done.stdout == 'The capital of France is Paris.\n'
+
+
+@pytest.mark.parametrize('template, words', [(None, 'has no chat template'),
+                                             ('{{ raise_exception("no system") }}', 'no system'),
+                                             ('{% for %}', 'chat template of')])
+def test_a_chat_that_cannot_be_is_one_line(folder, tmp_path, template, words):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    if template:
+        (tmp_path / 'chat_template.jinja').write_text(template)
+    done = run(f'--checkpoint={tmp_path}', '--chat')
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+# ---------------------------------------------------------------- special tokens in a prompt
+
+def test_a_prompt_is_read_by_the_rule_of_the_models_tokenizer(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+
+    def ids(**settings):
+        return sample.encode_prompt(sample.Settings(prompt='<s>a', **settings), tmp_path,
+                                    sample.load_tokenizer(tmp_path))
+    tokenizer = sample.load_tokenizer(tmp_path)
+    letters = [tokenizer.token_to_id(letter) for letter in '<s>a']
+    special = [256, letters[-1]]
+    assert ids() == ids(special_in_prompt=False) == letters     # the data had letters
+    assert ids(special_in_prompt=True) == special
+    values = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+    del values['split_special_tokens']
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(values))
+    assert ids() == special
+    assert ids(special_in_prompt=False) == letters
+
+
+# --------------------------------------------------------------------- terminals and pipes
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
+def test_no_letter_ends_a_text_whatever_the_terminal(folder, encoding):
+    done = run(f'--checkpoint={folder}', '--prompt=日本語 Grüße', '--max_new_tokens=30',
+               env={**os.environ, 'PYTHONIOENCODING': encoding}, errors='replace')
+    assert done.returncode == 0
+    assert 'Traceback' not in done.stderr
+    assert ('\\u65e5' in done.stdout) == (encoding != 'utf-8')
+
+
+def test_a_full_disk_is_one_line_and_a_closed_pipe_none(folder):
+    command = f'{sys.executable} {HERE}/sample.py --checkpoint={folder} --max_new_tokens=2000'
+    full = subprocess.run(f'{command} >/dev/full', shell=True, capture_output=True, text=True)
+    assert full.returncode == 2
+    assert 'No space left on device' in full.stderr
+    assert full.stderr.count('\n') == 2                     # with the count of parameters
+    closed = subprocess.run(f'{command} | head -c 1', shell=True, capture_output=True, text=True)
+    assert closed.stderr.count('\n') == 1
+
+
+def test_the_folder_of_a_run_means_its_newest_whole_checkpoint(folder, tmp_path):
+    for step in (1, 2, 10):
+        checkpoint = tmp_path / f'step-{step:06d}'
+        shutil.copytree(folder, checkpoint)
+        (checkpoint / 'trainer').mkdir()
+        (checkpoint / 'trainer/settings.json').write_text('{}')
+        (checkpoint / 'trainer/state.pt').touch()
+    (tmp_path / 'step-000010/trainer/state.pt').unlink()
+    assert sample.find_checkpoint(str(tmp_path)) == tmp_path / 'step-000002'
+    assert sample.find_checkpoint(str(folder)) == folder
