@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 2                         # 1 had no manifest.json
 
-# What a full disk raises, as Python, torch and safetensors put it
-DISK_ERRORS = OSError, RuntimeError, SafetensorError
-
 
 # --------------------------------------------------------------------------------- finding
 
@@ -88,8 +85,7 @@ def checksum(file):
 
 
 def read_settings(checkpoint):
-    file = Path(checkpoint) / 'trainer' / 'settings.json'
-    return json.loads(file.read_text(encoding='utf-8'))
+    return folders.read_json(Path(checkpoint) / 'trainer' / 'settings.json')
 
 
 def find(resume, out_dir, identity, say):
@@ -143,16 +139,18 @@ def clear(out_dir, found, step):
         if found is None or step_of(old) > step:
             files.remove_folder(old)
     for half in Path(out_dir).glob('.step-*.tmp'):
-        shutil.rmtree(half)
+        shutil.rmtree(half, ignore_errors=True)     # it has no name that anything reads
     if found is None:
         (Path(out_dir) / 'metrics.jsonl').unlink(missing_ok=True)
 
 
 def prune(out_dir, keep):
     """Leaves the newest checkpoints, so many (0: all), and of those that were evaluated the
-    one with the lowest validation loss."""
+    one with the lowest validation loss. -> what could not be removed, as where another program
+    reads it on a network drive or on Windows: [OSError, ...]"""
+    problems = []
     if keep == 0:
-        return
+        return problems
     found = checkpoints(out_dir)
     best = None
     lowest = None
@@ -164,7 +162,11 @@ def prune(out_dir, keep):
                 lowest = loss
     for old in found[:-keep]:
         if old != best:
-            files.remove_folder(old)
+            try:
+                files.remove_folder(old)
+            except OSError as e:
+                problems.append(e)
+    return problems
 
 
 # --------------------------------------------------------------------------------- writing
@@ -197,7 +199,8 @@ def cpu_copy(x, whole, keep):
 def write(final, model, weights, state, settings, card, tokenizer, companions, keep,
           special_in_text=False):
     """Writes out_dir/step-N -> a line that says so. weights: model.snapshot(); card: the text
-    of README.md; companions: see folders.write_companions; keep: see prune. OSError"""
+    of README.md; companions: see folders.write_companions; keep: see prune. OSError where the
+    disk does not take it"""
     began = time.perf_counter()
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -210,25 +213,37 @@ def write(final, model, weights, state, settings, card, tokenizer, companions, k
         (tmp / 'README.md').write_text(card, encoding='utf-8')
         (tmp / 'trainer').mkdir()
         folders.write_json(tmp / 'trainer' / 'settings.json', settings)
-        with open(tmp / 'trainer' / 'state.pt', 'wb') as f:
-            torch.save(state, f)
+        save_state(tmp / 'trainer' / 'state.pt', state)
         manifest = {}
         for file in sorted(tmp.rglob('*')):
             if file.is_file():
                 manifest[file.relative_to(tmp).as_posix()] = checksum(file)
         folders.write_json(tmp / 'trainer' / 'manifest.json', manifest)
         files.put_in_place(tmp, final)
-        prune(final.parent, keep)
-    except DISK_ERRORS as e:
+    except (OSError, SafetensorError) as e:
         reason = files.why(e, final.parent)
-        shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f'{final} could not be written: {reason}; the checkpoints before it are '
                       'whole, and the same command goes on from them') from e
-    return f'saved {final} in {time.perf_counter() - began:.1f} s'
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    line = f'saved {final} in {time.perf_counter() - began:.1f} s'
+    for problem in prune(final.parent, keep):
+        line += f'; an older one could not be removed: {problem}'
+    return line
+
+
+def save_state(file, state):
+    """torch.save, which has a RuntimeError for what a disk does not take. OSError"""
+    try:
+        with open(file, 'wb') as f:
+            torch.save(state, f)
+    except RuntimeError as e:
+        raise OSError(f'{file}: {e}') from e
 
 
 class Writer:
-    """Writes in the background, one checkpoint at a time."""
+    """Writes in the background, one checkpoint at a time. As a context it waits at the end for
+    the one that is being written, however the end came."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1)
@@ -248,6 +263,19 @@ class Writer:
         self.job = None
         return job.result()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.finish()
+        except Exception as e:
+            if error is None:
+                raise
+            log.warning(f'{type(e).__name__}: {e}')     # what ended the run comes first
+        finally:
+            self.pool.shutdown()
+
 
 # --------------------------------------------------------------------------------- reading
 
@@ -258,8 +286,8 @@ def load_training_state(checkpoint, optimizer, scaler, device, part):
     try:
         state = torch.load(file, map_location='cpu', weights_only=True)     # executes nothing
     except Exception as e:                                  # whatever its layers raise
-        reason = str(e).strip().splitlines()[0]
-        raise OSError(f'{file} cannot be read: {reason}') from e
+        reason = str(e).strip().split('\n')[0]
+        raise OSError(f'{file} cannot be read: {type(e).__name__}: {reason}') from e
     parameters = [p for group in optimizer.param_groups for p in group['params']]
     for i, p in enumerate(parameters):
         own = state['optimizer']['state'].get(i, {})

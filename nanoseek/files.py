@@ -6,6 +6,7 @@ cannot) is done without where that is safe, with one warning.
 """
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
@@ -23,17 +24,18 @@ except ImportError:             # Windows
     import msvcrt
 
 log = logging.getLogger(__name__)
-warned = set()
 
+# What a system says of a call that a file system does not have
 CANNOT = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
           errno.ENODEV, errno.ENOLCK, errno.ENOTTY, errno.EISDIR}
+# ... of a lock that another process has (EACCES, EDEADLK: Windows)
+TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
+@functools.cache
 def warn_once(line):
-    if line not in warned:
-        warned.add(line)
-        log.warning(line)
+    log.warning(line)
 
 
 # --------------------------------------------------------------------------------- writing
@@ -66,13 +68,29 @@ def sync(path):
 
 
 def write_file(path, data):
-    """Writes bytes: all of them or nothing."""
+    """Writes bytes: all of them or nothing. OSError that names the file"""
     path = Path(path)
     tmp = path.with_name(f'{path.name}.tmp')
-    with open(tmp, 'wb') as f:
-        f.write(data)
-    sync(tmp)
-    os.replace(tmp, path)
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(data)
+        sync(tmp)
+        replace(tmp, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        if e.filename is None:              # write() does not know whose descriptor it has
+            raise OSError(e.errno, e.strerror, str(path)) from e
+        raise
+
+
+def replace(old, new):
+    """Renames a file, over another one if there is one."""
+    try:
+        os.replace(old, new)
+    except FileExistsError:                 # some FUSE drives cannot do both at once
+        os.unlink(new)
+        os.rename(old, new)
 
 
 def put_in_place(tmp, final):
@@ -123,10 +141,7 @@ def lock(folder):
     try:
         while descriptor is None:
             descriptor = take(path)
-        about = {'pid': os.getpid(), 'host': socket.gethostname(),
-                 'since': time.strftime('%Y-%m-%d %H:%M:%S')}
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps(about).encode())
+        sign(descriptor)
         yield
     finally:
         if descriptor is not None:
@@ -139,6 +154,15 @@ def lock(folder):
         for new in made:                            # nothing was written: no trace
             with contextlib.suppress(OSError):
                 new.rmdir()
+
+
+def sign(descriptor):
+    """For those who are refused. On a full disk the lock holds without"""
+    about = {'pid': os.getpid(), 'host': socket.gethostname(),
+             'since': time.strftime('%Y-%m-%d %H:%M:%S')}
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(about).encode())
 
 
 def missing_parents(folder):
@@ -166,6 +190,9 @@ def take(path):
                       'second run from writing there')
             return descriptor
         os.close(descriptor)
+        if e.errno not in TAKEN:
+            raise OSError(e.errno, f'{os.strerror(e.errno)}, while it was locked',
+                          str(path)) from e
         raise ValueError(f'{path.parent} is being written by {owner(path)}: wait for it, stop '
                          'it, or take another out_dir') from e
     same = path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path))
@@ -190,18 +217,20 @@ def open_array(path, dtype):
     try:
         return np.memmap(path, dtype, 'r').view(np.ndarray)     # whose slices are made faster
     except OSError as e:
-        if e.errno not in CANNOT:
+        if e.errno not in CANNOT | {errno.ENOMEM}:      # no address space left: ulimit -v
             raise
         return FileArray(path, dtype)
 
 
 class FileArray:
-    """The numbers of a file that cannot be mapped: a slice reads its part."""
+    """The numbers of a file that cannot be mapped: a slice reads its part. The file stays
+    open, so that one that takes its place is not read instead."""
 
     def __init__(self, path, dtype):
         self.path = path
         self.dtype = np.dtype(dtype)
-        self.size = os.path.getsize(path) // self.dtype.itemsize
+        self.file = open(path, 'rb', buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size // self.dtype.itemsize
 
     def __len__(self):
         return self.size
@@ -209,5 +238,9 @@ class FileArray:
     def __getitem__(self, where):
         start, stop, step = where.indices(self.size)
         assert step == 1, 'only slices without a step'
-        return np.fromfile(self.path, self.dtype, max(stop - start, 0),
-                           offset=start * self.dtype.itemsize)
+        count = max(stop - start, 0)
+        self.file.seek(start * self.dtype.itemsize)
+        found = np.fromfile(self.file, self.dtype, count)
+        if len(found) < count:
+            raise OSError(errno.EIO, 'the file has become shorter', str(self.path))
+        return found

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoseek.folders import read_json, write_json
+from nanoseek.unmapped import UnmappedSafetensors
 
 log = logging.getLogger(__name__)       # a warning is a line on stderr, unless a script asks for more
 
@@ -213,11 +214,12 @@ class Weights:
 
 def open_safetensors(file):
     try:
+        str(file).encode()
         return safe_open(file, 'pt')                    # raises if a byte is missing
     except SafetensorError as e:
         raise ValueError(f'{file} is damaged: {e}') from e
-    except OSError as e:
-        raise OSError(f'{file} cannot be read: {e}') from e
+    except (OSError, UnicodeEncodeError):       # it is not there, or the library cannot open it
+        return UnmappedSafetensors(file)
 
 
 def find_tensors(directory):

@@ -9,7 +9,8 @@ STOPPING = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
 def catch():
     """-> a list that is empty until the first of these signals, whose name it then has, and
     the handlers before, for restore. A second Ctrl-C ends the process at once. Signals that
-    were ignored at the start, as nohup has it for SIGHUP, stay ignored."""
+    were ignored at the start, as nohup has it for SIGHUP, stay ignored, and those that are not
+    Python's own (None) are left alone."""
     caught = []
     before = {}
 
@@ -20,7 +21,7 @@ def catch():
 
     for name in STOPPING:
         number = getattr(signal, name, None)            # Windows has the first two alone
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
             before[number] = signal.signal(number, handle)
     return caught, before
 

@@ -95,35 +95,50 @@ class TokenData:
         file = self.directory / 'meta.json'
         if not file.is_file():
             raise NoDataset(f'no dataset in {directory}: {again}')
+        text = file.read_bytes()
         try:
-            self.meta = json.loads(file.read_text(encoding='utf-8'))
-            if self.meta['version'] not in (1, VERSION):
-                raise ValueError(f'version {self.meta["version"]}, not {VERSION}')
-            self.dtype = np.dtype(DTYPES[self.meta['dtype']])
-            self.eot_id = self.meta['eot_id']
-            self.vocab_size = int(self.meta['vocab_size'])
-            self.row = self.meta.get('pack', 0)         # tokens of a packed row; 0: a stream
-            self.special_in_text = self.meta.get('recipe', {}).get('special_in_text', False)
-            shard_tokens = self.meta.get('shard_tokens', 1 << 62)
-            tokenizer_sha256 = self.meta['tokenizer']['sha256']
-            counts = {}
-            for split, about in self.meta['splits'].items():
-                if about['bytes'] > 0:
-                    counts[split] = about['tokens']
+            self.read_meta(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f'{file} is not what this version writes ({e!r}): {again} '
                              'again') from e
-        file = self.directory / 'tokenizer.json'
-        if not file.is_file():
-            raise ValueError(f"no file '{file}': {again} again")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != tokenizer_sha256:
-            raise ValueError(f'{file} is not the one that made the tokens: {again} again')
         try:
-            self.splits = {split: open_split(self.directory, split, n, self.dtype, shard_tokens)
-                           for split, n in counts.items()}
+            self.check_tokenizer()
+            self.splits = self.open_splits()
         except ValueError as e:
             raise ValueError(f'{e}: {again} again') from e
+        if not file.is_file() or file.read_bytes() != text:
+            raise ValueError(f'{directory} is being prepared again: wait until that is done')
         self.starts = functools.lru_cache(64)(self.compute_starts)
+
+    def read_meta(self, meta):
+        self.meta = meta
+        if meta['version'] not in (1, VERSION):
+            raise ValueError(f'version {meta["version"]}, not {VERSION}')
+        self.dtype = np.dtype(DTYPES[meta['dtype']])
+        self.eot_id = meta['eot_id']
+        self.vocab_size = int(meta['vocab_size'])
+        self.row = meta.get('pack', 0)              # tokens of a packed row; 0: a stream
+        self.shard_tokens = meta.get('shard_tokens', 1 << 62)
+        self.special_in_text = meta.get('recipe', {}).get('special_in_text', False)
+        self.tokenizer_sha256 = meta['tokenizer']['sha256']
+        self.counts = {}                            # tokens of each split that has some
+        for split, about in meta['splits'].items():
+            if about['bytes'] > 0:
+                self.counts[split] = about['tokens']
+
+    def check_tokenizer(self):
+        file = self.directory / 'tokenizer.json'
+        if not file.is_file():
+            raise ValueError(f"no file '{file}'")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != self.tokenizer_sha256:
+            raise ValueError(f'{file} is not the one that made the tokens')
+
+    def open_splits(self):
+        found = {}
+        for split, tokens in self.counts.items():
+            found[split] = open_split(self.directory, split, tokens, self.dtype,
+                                      self.shard_tokens)
+        return found
 
     @property
     def sources(self):

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from nanoseek import files, signals
+from nanoseek import files, signals, unmapped
 
 HERE = Path(files.__file__).resolve().parent.parent
 
@@ -36,7 +39,7 @@ def hold(folder):
 
 @pytest.fixture(autouse=True)
 def no_warnings_yet():
-    files.warned.clear()
+    files.warn_once.cache_clear()
 
 
 def test_a_second_writer_is_refused_by_the_name_of_the_first(tmp_path):
@@ -79,6 +82,34 @@ def test_a_child_process_does_not_keep_the_lock(tmp_path):
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_disk_that_fails_to_lock_is_named(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr(files.fcntl, 'flock', flock)
+    with pytest.raises(OSError, match=r'Input/output error.*\.lock'), files.lock(tmp_path):
+        pass
+
+
+def test_a_full_disk_can_be_locked(disk):
+    folder = disk('1m')
+    (folder / 'a').mkdir()
+    (folder / 'a' / '.lock').touch()
+    with suppress(OSError), open(folder / 'filler', 'wb') as f:
+        while True:
+            f.write(bytes(4096))
+            f.flush()
+    with files.lock(folder / 'a'):
+        with pytest.raises(ValueError, match='written by another process'), \
+                files.lock(folder / 'a'):
+            pass
+
+
+def test_a_folder_that_nobody_can_write_to_needs_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)      # root may all
+    with files.lock(tmp_path):
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_where_nothing_can_be_locked_one_warning_is_enough(tmp_path, monkeypatch, caplog):
@@ -137,15 +168,54 @@ def test_a_disk_that_fails_is_named_and_not_guessed_at(tmp_path, monkeypatch):
     assert 'MB are free there' in files.why(full, tmp_path)
 
 
+def test_what_a_full_disk_does_not_take_is_named_and_leaves_the_old_file(disk):
+    folder = disk('1m')
+    files.write_file(folder / 'file', b'old')
+    with pytest.raises(OSError, match='No space left on device.*file'):
+        files.write_file(folder / 'file', bytes(2**21))
+    assert (folder / 'file').read_bytes() == b'old'
+    assert [p.name for p in folder.iterdir()] == ['file']
+
+
+def test_a_file_is_written_over_where_a_rename_cannot_do_that(tmp_path, monkeypatch):
+    real = os.replace
+
+    def replace(old, new):
+        if os.path.exists(new):
+            raise FileExistsError(errno.EEXIST, 'File exists', str(old), None, str(new))
+        real(old, new)
+    monkeypatch.setattr(os, 'replace', replace)
+    files.write_file(tmp_path / 'file', b'old')
+    files.write_file(tmp_path / 'file', b'new')
+    assert (tmp_path / 'file').read_bytes() == b'new'
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+class Unmappable(mmap.mmap):
+    def __new__(cls, *args, **kwargs):
+        raise OSError(errno.ENODEV, 'No such device')
+
+
+def test_what_was_opened_unmapped_stays_what_it_was(tmp_path, monkeypatch):
+    """As of a dataset that is prepared again while a run reads it."""
+    file = tmp_path / 'a.bin'
+    np.arange(1000, dtype='<u2').tofile(file)
+    monkeypatch.setattr(mmap, 'mmap', Unmappable)
+    array = files.open_array(file, '<u2')
+    files.write_file(file, bytes(2000))
+    assert array[5:8].tolist() == [5, 6, 7]
+    cut = files.open_array(file, '<u2')
+    os.truncate(file, 100)
+    with pytest.raises(OSError, match='shorter.*a.bin'):
+        cut[40:60]
+
+
 @pytest.mark.parametrize('dtype', ['<u2', '<u4'])
 def test_a_file_that_cannot_be_mapped_is_read_all_the_same(tmp_path, monkeypatch, dtype):
     wanted = np.arange(1000, dtype=dtype)
     wanted.tofile(tmp_path / 'a.bin')
     mapped = files.open_array(tmp_path / 'a.bin', dtype)
 
-    class Unmappable(mmap.mmap):
-        def __new__(cls, *args, **kwargs):
-            raise OSError(errno.ENODEV, 'No such device')
     monkeypatch.setattr(mmap, 'mmap', Unmappable)
     read = files.open_array(tmp_path / 'a.bin', dtype)
     assert isinstance(read, files.FileArray)
@@ -174,3 +244,23 @@ def test_each_stopping_signal_is_caught_unless_it_was_ignored(name):
         signals.restore(before)
     finally:
         signal.signal(number, old)
+
+
+def test_safetensors_are_read_without_a_map(tmp_path):
+    torch.manual_seed(0)
+    wanted = {'a': torch.randn(5, 3), 'b': torch.randn(4, 3, 2).bfloat16(),
+              'c': torch.randn(7).half(), 'd': torch.randn(2, 3).double()}
+    file = tmp_path / 'model.safetensors'
+    save_file(wanted, file, {'format': 'pt'})
+    with unmapped.UnmappedSafetensors(file) as f:
+        assert set(f.keys()) == set(wanted)
+        for name, tensor in load_file(file).items():
+            part = f.get_slice(name)
+            assert part.get_shape() == list(tensor.shape)
+            assert torch.equal(part[:], tensor) and part[:].dtype == tensor.dtype
+            assert torch.equal(part[1:3], tensor[1:3])
+    whole = file.read_bytes()
+    for damaged in (whole[:-1], whole[:40], whole[:4], b'', b'x' * 100):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match='model.safetensors is damaged'):
+            unmapped.UnmappedSafetensors(file)
