@@ -1091,6 +1091,10 @@ if __name__ == '__main__':
     with config.user_errors():
         settings = Settings(**config.load(Settings, positional='source', usage=__doc__)[0])
         try:
-            inspect(settings.inspect) if settings.inspect else prepare(settings)
+            if settings.inspect:
+                with config.user_errors(needs_stdout=True):
+                    inspect(settings.inspect)
+            else:
+                prepare(settings)
         except KeyboardInterrupt:
             sys.exit(130)
