@@ -553,6 +553,6 @@ def main(s, t, given):
             shutil.rmtree(folder)
 
 if __name__ == '__main__':
-    with config.user_errors():
+    with config.user_errors(needs_stdout=True):
         own, training, model_settings = config.load(Settings, train.Settings, Config, usage=__doc__)
         main(Settings(**own), train.Settings(**training), model_settings)

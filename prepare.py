@@ -835,7 +835,8 @@ if __name__ == '__main__':
         settings = Settings(**given)
         try:
             if settings.inspect:
-                inspect(settings.inspect)
+                with config.user_errors(needs_stdout=True):
+                    inspect(settings.inspect)
             else:
                 prepare(settings)
         except KeyboardInterrupt:

@@ -4,7 +4,6 @@ import math
 import os
 import statistics
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ class Log:
         self.metrics = None
         self.wandb = None
         self.tensorboard = None
+        self.alone = False              # whether train.log alone has the lines
         self.dir.mkdir(parents=True, exist_ok=True)
         self.text = open(self.dir / 'train.log', 'a', encoding='utf-8')
         self.bar = tqdm(initial=step, total=s.max_steps, file=sys.stdout, disable=None,
@@ -38,11 +38,22 @@ class Log:
 
     def say(self, line):
         """A line for the terminal, above its progress bar, and for train.log"""
-        with suppress(OSError):         # a terminal that is gone does not end a run
+        problem = self.show(line)
+        self.text.write(line + '\n')
+        if problem and not self.alone:
+            self.alone = True
+            self.text.write(f'stdout cannot be written ({problem.strerror}): the run goes on, '
+                            'its lines are in this file alone\n')
+        self.text.flush()
+
+    def show(self, line):
+        """Prints a line -> what is wrong with stdout, or None. It must not end a run"""
+        try:
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
-        self.text.write(line + '\n')
-        self.text.flush()
+        except OSError as e:
+            return e
+        return getattr(sys.stdout, 'problem', None)     # of the scripts' own, which raises none
 
     def add(self, **values):
         """A line of metrics.jsonl, with step; what is not finite becomes null"""

@@ -113,7 +113,10 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, log, monkeypatch):
     new = log()
     monkeypatch.setattr('sys.stdout', Gone())
     new.say('still here')
-    assert (tmp_path / 'train.log').read_text('utf-8') == 'still here\n'
+    new.say('and here')
+    first, note, last = (tmp_path / 'train.log').read_text('utf-8').splitlines()
+    assert (first, last) == ('still here', 'and here')
+    assert note.startswith('stdout cannot be written (')        # once
 
 
 # ------------------------------------------------------------------------------- culprit
