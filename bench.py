@@ -26,7 +26,8 @@ from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
 from nanoseek.device import check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device, to_fp8, wants_compile
 from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
 from nanoseek.optim import make_optimizer
-from nanoseek import tokens
+from nanoseek import folders, tokens
+from nanoseek.tokenizer import load_tokenizer
 from sample import compile_decoding
 
 HERE = Path(__file__).resolve().parent
@@ -487,7 +488,7 @@ def library(tokenizer, texts):
         import tiktoken
         encode = functools.partial(tiktoken.get_encoding('gpt2').encode_ordinary_batch, num_threads=os.cpu_count())
     else:
-        own = prepare.load_tokenizer(prepare.hub_folder(tokenizer, ['tokenizer.json']))
+        own = load_tokenizer(folders.hub_folder(tokenizer, ['tokenizer.json']))
         encode = functools.partial(own.encode_batch_fast, add_special_tokens=False)
     began = time.perf_counter()
     for i in range(0, len(texts), 1000):

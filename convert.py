@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 
 import config
 from model import Config, Transformer
-from nanoseek import hf
+from nanoseek import folders, hf
 from nanoseek.checkpoint import of_run
 from nanoseek.estimate import parameter_table
 from nanoseek.tokens import open_data
-from prepare import encode, load_tokenizer
+from nanoseek.tokenizer import encode, load_tokenizer
 
 @dataclass
 class Settings:
@@ -153,7 +153,7 @@ def texts(s, folder):
 
 def plan(s):
     """Everything that a user's mistake can stop -> the model's folder, and texts(s)"""
-    folder = hf.hub_folder(of_run(s.model), hf.MODEL_FILES)
+    folder = folders.hub_folder(of_run(s.model), folders.MODEL_FILES)
     check(s, hf.read_config(Config, folder))
     return folder, *texts(s, folder)
 
@@ -439,7 +439,7 @@ def write(model, s, source, report, began):
             d = json.loads((tmp / 'config.json').read_text())
             d['rope_parameters'] = longrope(c, report.heads)
             (tmp / 'config.json').write_text(json.dumps(d, indent=2) + '\n')
-        hf.write_companions(tmp, load_tokenizer(source), c, hf.read_companions(source))
+        folders.write_companions(tmp, load_tokenizer(source), c, folders.read_companions(source))
         found = {'settings': asdict(s), 'stages': report.rows, 'seconds': round(time.perf_counter() - began, 1),
                  'loads_in': 'transformers' if s.exact and report.heads > 1 else 'nanoseek, transformers'}
         (tmp / 'convert.json').write_text(json.dumps(found, indent=1) + '\n')

@@ -26,9 +26,9 @@ import torch  # noqa: E402
 
 import config  # noqa: E402
 from model import Transformer  # noqa: E402
-from nanoseek import chat, checkpoint, hf  # noqa: E402
+from nanoseek import chat, checkpoint, folders  # noqa: E402
 from nanoseek.device import pick_device  # noqa: E402
-from prepare import decode, encode, load_tokenizer  # noqa: E402
+from nanoseek.tokenizer import decode, encode, load_tokenizer  # noqa: E402
 
 
 Choice = Literal['auto', True, False]
@@ -71,7 +71,7 @@ class Settings:
 def find_checkpoint(name):
     """The setting checkpoint -> a folder with a model"""
     if name:
-        return hf.hub_folder(checkpoint.of_run(name), hf.MODEL_FILES)
+        return folders.hub_folder(checkpoint.of_run(name), folders.MODEL_FILES)
     found = list(Path('out').glob('**/step-*/config.json'))
     if not found:
         raise ValueError('no checkpoint under out/: train a model first, or give --checkpoint=DIR')
@@ -109,7 +109,7 @@ def encode_prompt(s, folder, tokenizer):
 def stop_ids(s, folder, model, tokenizer):
     """-> the ids at which a text ends"""
     if s.stop is None:
-        found = hf.stop_ids(folder, model.config)
+        found = folders.stop_ids(folder, model.config)
         if s.chat:
             found = found + chat.end_of_answer(folder, tokenizer)
         return found

@@ -21,13 +21,13 @@ from safetensors import SafetensorError
 
 import config
 from model import Config, Transformer
-from nanoseek import hf, monitor
+from nanoseek import folders, hf, monitor
 from nanoseek.device import check_fp8, compiled, matmul_rate, memory_limit, peak_memory, pick_device, to_device, to_fp8
 from nanoseek.estimate import advice, architecture, describe, flops_per_token, memory_estimate, parameter_table
 from nanoseek.monitor import Log, Silence, culprit
 from nanoseek.optim import learning_rate_at, make_optimizer
 from nanoseek.tokens import NoDataset, open_data
-from prepare import decode, encode, load_tokenizer
+from nanoseek.tokenizer import decode, encode, load_tokenizer
 
 STARTED = time.time()
 VERSION = 2     # of step-N/trainer/; 1 had no manifest.json
@@ -145,7 +145,7 @@ def plan(given, folder, data):
 
 def build_model(s, given, found, data):
     """-> the model in float32 on the CPU: that of the checkpoint found, else init_from's, else a fresh one"""
-    folder = found or s.init_from and hf.hub_folder(s.init_from, hf.MODEL_FILES)
+    folder = found or s.init_from and folders.hub_folder(s.init_from, folders.MODEL_FILES)
     config = plan(given, folder, data)
     check_sizes(s, config, data)
     torch.manual_seed(s.seed)
@@ -301,7 +301,7 @@ def write_checkpoint(final, run, state, weights, settings, card):
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         run.model.save_pretrained(tmp, state=weights)
-        hf.write_companions(tmp, load_tokenizer(run.data.directory), c, run.companions, run.data.special_in_text)
+        folders.write_companions(tmp, load_tokenizer(run.data.directory), c, run.companions, run.data.special_in_text)
         texts = {'README.md': card, 'trainer/settings.json': json.dumps(settings, indent=1) + '\n'}
         (tmp / 'trainer').mkdir()
         for name, text in texts.items():
@@ -456,7 +456,7 @@ def setup(s, model_settings, dist):
     device, dtype = pick_device(s, dist.device)
     given = {k: v for k, v in model_settings.items() if k != 'vocab_size' or v}
     if s.max_steps == 0:
-        folder, data = s.init_from and hf.hub_folder(s.init_from, hf.MODEL_FILES), None
+        folder, data = s.init_from and folders.hub_folder(s.init_from, folders.MODEL_FILES), None
         with suppress(NoDataset):
             data = open_data(s.dataset)
         c = plan(given, folder, data)
@@ -485,7 +485,7 @@ def setup(s, model_settings, dist):
         to_fp8(model, s.fp8)
     companions = {}                     # what the model that this one comes from brings beside its weights
     if found or s.init_from:
-        companions = hf.read_companions(found or hf.hub_folder(s.init_from, hf.MODEL_FILES))
+        companions = folders.read_companions(found or folders.hub_folder(s.init_from, folders.MODEL_FILES))
     return SimpleNamespace(s=s, dist=dist, data=data, model=model, device=device, dtype=dtype, found=found,
                            identity=identity, batch=batch, companions=companions, step=0, skipped=0, rollbacks=0, bad=0, history=[], losses={},
                            about={}, writing=None, caught=[], stop=False)

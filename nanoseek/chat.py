@@ -3,7 +3,7 @@ import datetime
 import json
 from pathlib import Path
 
-from nanoseek.hf import read_json
+from nanoseek.folders import read_json
 
 
 def find_template(directory):

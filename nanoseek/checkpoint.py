@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from nanoseek import files, hf
+from nanoseek import files, folders
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def cpu_copy(x, whole, keep):
 def write(final, model, weights, state, settings, card, tokenizer, companions, keep,
           special_in_text=False):
     """Writes out_dir/step-N -> a line that says so. weights: model.snapshot(); card: the text
-    of README.md; companions: see hf.write_companions; keep: see prune. OSError"""
+    of README.md; companions: see folders.write_companions; keep: see prune. OSError"""
     began = time.perf_counter()
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
@@ -206,17 +206,17 @@ def write(final, model, weights, state, settings, card, tokenizer, companions, k
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         model.save_pretrained(tmp, state=weights)
-        hf.write_companions(tmp, tokenizer, model.config, companions, special_in_text)
+        folders.write_companions(tmp, tokenizer, model.config, companions, special_in_text)
         (tmp / 'README.md').write_text(card, encoding='utf-8')
         (tmp / 'trainer').mkdir()
-        hf.write_json(tmp / 'trainer' / 'settings.json', settings)
+        folders.write_json(tmp / 'trainer' / 'settings.json', settings)
         with open(tmp / 'trainer' / 'state.pt', 'wb') as f:
             torch.save(state, f)
         manifest = {}
         for file in sorted(tmp.rglob('*')):
             if file.is_file():
                 manifest[file.relative_to(tmp).as_posix()] = checksum(file)
-        hf.write_json(tmp / 'trainer' / 'manifest.json', manifest)
+        folders.write_json(tmp / 'trainer' / 'manifest.json', manifest)
         files.put_in_place(tmp, final)
         prune(final.parent, keep)
     except DISK_ERRORS as e:

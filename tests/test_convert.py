@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import config
 import convert
 import prepare
+from nanoseek.tokenizer import encode
 from convert import Settings, check, compressed_mla, exact_mla, fit, perturb, rows, to_moe
 from model import Config, Transformer
 from support import asset
@@ -278,7 +279,7 @@ def test_other_models_are_refused(folder):
 def test_smollm2_becomes_experts_and_exact_mla(tmp_path):
     model = Transformer.from_pretrained(asset('smollm2')).eval()
     text = Path(asset('tinyshakespeare.txt')).read_text()[:400]
-    idx = torch.tensor([prepare.encode(prepare.load_tokenizer(asset('smollm2')), text)])
+    idx = torch.tensor([encode(prepare.load_tokenizer(asset('smollm2')), text)])
     want = model(idx)[0]
     for layout in (dict(n_routed_experts=3, n_shared_experts=1), dict(n_routed_experts=6, num_experts_per_tok=3,
                    moe_intermediate_size=512), dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=512)):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from model import Config, Transformer
-from nanoseek import hf
+from nanoseek import folders, hf
 from support import asset
 
 transformers = pytest.importorskip('transformers')
@@ -247,8 +247,8 @@ def test_all_stop_ids_are_kept_and_generation_ends_at_each(tmp_path):
     assert json.loads((tmp_path / 'config.json').read_text())['eos_token_id'] == [2, 30]
     again = Transformer.from_pretrained(tmp_path).eval()
     assert again.config.stop_ids == [2, 30]
-    hf.write_json(tmp_path / 'generation_config.json', {'eos_token_id': [30, 7]})
-    assert hf.stop_ids(tmp_path, again.config) == [2, 30, 7]
+    folders.write_json(tmp_path / 'generation_config.json', {'eos_token_id': [30, 7]})
+    assert folders.stop_ids(tmp_path, again.config) == [2, 30, 7]
 
     prompt = torch.tensor([[5, 6]])
     free = again.generate(prompt, 30, temperature=2.0, top_k=None)[0, 2:].tolist()
@@ -271,7 +271,7 @@ def test_companions_travel_into_a_model_made_from_another(tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     shutil.copy(source / 'config.json', out)
-    hf.write_companions(out, tokenizer, config, hf.read_companions(source))
+    folders.write_companions(out, tokenizer, config, folders.read_companions(source))
 
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     original = transformers.AutoTokenizer.from_pretrained(source)
@@ -285,8 +285,8 @@ def test_companions_travel_into_a_model_made_from_another(tmp_path):
     assert generation.repetition_penalty == 1.1
     again = tmp_path / 'again'                              # and on into the next one
     again.mkdir()
-    hf.write_companions(again, tokenizer, config, hf.read_companions(out))
-    for name in hf.COMPANIONS:
+    folders.write_companions(again, tokenizer, config, folders.read_companions(out))
+    for name in folders.COMPANIONS:
         if (out / name).exists():
             assert (again / name).read_bytes() == (out / name).read_bytes()
 
@@ -295,8 +295,8 @@ def test_companions_travel_into_a_model_made_from_another(tmp_path):
 def test_the_datas_rule_for_special_tokens_travels_as_transformers_has_it(tmp_path, special):
     tokenizer = Tokenizer.from_file(asset('smollm2') + '/tokenizer.json')
     config = Config(**SIZES, attention='gqa', bos_token_id=1, eos_token_id=2)
-    hf.write_companions(tmp_path, tokenizer, config, {}, special_in_text=special)
-    assert hf.special_in_text(tmp_path) == special
+    folders.write_companions(tmp_path, tokenizer, config, {}, special_in_text=special)
+    assert folders.special_in_text(tmp_path) == special
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = theirs('<|im_start|>user')['input_ids']
     assert (1 in ids) == special

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import prepare
+from nanoseek import sources
 
 datasets, pa, pq = map(pytest.importorskip, ('datasets', 'pyarrow', 'pyarrow.parquet'))
 
 FIRST, SECOND = 'a' * 40, 'b' * 40      # commits
 EOT = prepare.EOT
+HERE = sources.HERE
 
 
 class Hub(ThreadingHTTPServer):
@@ -153,9 +155,9 @@ def hub(tokenizer):
 def start(folder, hub, *args, code=None, **env):
     """python prepare.py, or code that has prepare and Settings"""
     environ = {k: v for k, v in os.environ.items() if not k.startswith('HF_') and not k.lower().endswith('_proxy')}
-    environ |= {'HF_HOME': str(folder / 'hf'), 'HF_HUB_DISABLE_TELEMETRY': '1', 'PYTHONPATH': str(prepare.HERE),
+    environ |= {'HF_HOME': str(folder / 'hf'), 'HF_HUB_DISABLE_TELEMETRY': '1', 'PYTHONPATH': str(HERE),
                 'HF_ENDPOINT': f'http://127.0.0.1:{hub.server_port}' if hub else 'http://127.0.0.1:9', **env}
-    command = [prepare.HERE / 'prepare.py'] if code is None else ['-c', code]
+    command = [HERE / 'prepare.py'] if code is None else ['-c', code]
     return subprocess.Popen([sys.executable, *command, *args], cwd=folder, env=environ, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -260,7 +262,7 @@ def test_a_folder_of_the_hubs_form_arrives_exactly(tmp_path, tokenizer, info):
 def test_a_folder_goes_on_after_every_document(tmp_path):
     documents = texts(45)
     write(tmp_path, {**CARD, **dataset(documents, files=3, group=4, id=lambda: 7)})
-    source = lambda: prepare.Hub('mine', str(tmp_path), '', 'train', 'text', 'mit', None)
+    source = lambda: sources.Hub('mine', str(tmp_path), '', 'train', 'text', 'mit', None)
     first, found = source(), []
     for k, document in enumerate(first.read(None)):
         found.append(document)
@@ -285,12 +287,12 @@ def test_a_folder_that_has_changed_is_read_again(tmp_path, tokenizer):
 def test_a_folder_says_what_it_has(tmp_path, subset, split, field, line, info):
     write(tmp_path, {**card(('default', 'train', 'data/train-*'), info=info), **dataset(texts(9), id=lambda: 7)})
     with pytest.raises(ValueError, match=line.format(tmp_path)):
-        prepare.Hub('mine', str(tmp_path), subset, split, field, 'mit', None)
+        sources.Hub('mine', str(tmp_path), subset, split, field, 'mit', None)
 
 
 def test_prepare_is_there_without_the_hubs_libraries():
     code = 'import prepare, sys; print(*{"datasets", "huggingface_hub", "pyarrow", "tokenizers"} & set(sys.modules))'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=prepare.HERE).stdout == '\n'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=HERE).stdout == '\n'
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A server: what is asked of it

@@ -11,12 +11,14 @@ import prepare
 from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer)
 from nanoseek.tokens import open_data, permute, schedule, scramble, whole_counts
 from model import Config
-from nanoseek.hf import write_companions
+from nanoseek import sources
+from nanoseek.folders import write_companions
+from nanoseek.tokenizer import byte_level
 from support import asset
 
 HERE = Path(prepare.__file__).parent
 # What a careless reader or tokenizer would change: newlines, NUL, accents in two spellings, special tokens as text.
-NASTY = ('\ufeffOne\r\ntwo\rthree\n\n\n  four\t\x00five <|endoftext|> caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e'
+NASTY = ('One\ufeff\r\ntwo\rthree\n\n\n  four\t\x00five <|endoftext|> caf\u00e9 cafe\u0301 \u65e5\u672c\u8a9e'
          ' \u0645\u0631 \U0001f642\U0001f468\u200d\U0001f469 <|im_start|><unk></s> \u00a0 x = 12345;   don\'t \u2028'
          ' end \n ') * 6
 
@@ -49,11 +51,11 @@ def files(folder):
 
 
 def test_shakespeare_needs_one_command_and_loses_no_character(tmp_path):
-    if not prepare.TEXTS['shakespeare'][0].is_file():
+    if not sources.TEXTS['shakespeare'][0].is_file():
         pytest.skip('data/shakespeare/input.txt is not there')
     done = run(tmp_path, 'shakespeare')
     assert done.returncode == 0 and not done.stderr and 'train.py config/shakespeare.py' in done.stdout
-    data, raw = TokenData(tmp_path / 'data/shakespeare'), prepare.TEXTS['shakespeare'][0].read_bytes()
+    data, raw = TokenData(tmp_path / 'data/shakespeare'), sources.TEXTS['shakespeare'][0].read_bytes()
     tokenizer = load_tokenizer(data.directory)
     assert ''.join(decode(tokenizer, data.splits[split]) for split in ('train', 'val', 'test')).encode() == raw
     assert data.meta['source']['sha256'] == hashlib.sha256(raw).hexdigest() and data.eot_id is None
@@ -207,6 +209,7 @@ def bins(folder):
 def small(monkeypatch):
     """Batches of a few documents, and a note behind every one"""
     monkeypatch.setattr(prepare, 'BATCH', 5000)
+    monkeypatch.setattr(sources, 'WHOLE', 80_000)
     monkeypatch.setattr(prepare, 'SAVE_SECONDS', 0)
 
 
@@ -237,12 +240,12 @@ def test_files_of_a_folder_are_documents_also_one_that_is_read_in_pieces(tmp_pat
     for name, text in texts.items():
         (tmp_path / 'mine' / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / 'mine' / name).write_bytes(text.encode())
-    assert (tmp_path / 'mine/07/long.md').stat().st_size > 16 * prepare.BATCH
+    assert (tmp_path / 'mine/07/long.md').stat().st_size > sources.WHOLE
     (tmp_path / 'mine/.hidden').mkdir()
     (tmp_path / 'mine/.hidden/no.txt').write_text('not this')
     (tmp_path / 'mine/no.py').write_text('nor this')
     write_corpus(tmp_path / 'mine/zz.jsonl.gz', words(20, 5))
-    documents = [texts[name] for name in sorted(texts, key=Path)] + words(20, 5)
+    documents = [texts[name].removeprefix('\ufeff') for name in sorted(texts, key=Path)] + words(20, 5)
     folder = prep(tmp_path / 'mine', tmp_path / 'out', spec, val_frac=0.2)
     assert read_back(folder) == by_split(documents, 0.2, 0.2)
     meta = json.loads((folder / 'meta.json').read_text())
@@ -714,7 +717,7 @@ def test_bytes_that_are_not_utf8_stop_are_skipped_or_replaced(tmp_path, name, sm
         for i, d in enumerate(data):
             (source.parent / ('long.txt' if len(d) > 80_000 else f'{i:03}.txt')).write_bytes(d)
         source = source.parent
-    message = 'byte 0xe9 at offset' if 'long' in name else r"[, ]document \d+: not UTF-8 text: '\\udce9' after 'caf'"
+    message = 'byte 0xe9 at offset' if 'long' in name else r"(, (line|row) \d+)?: not UTF-8 text: '\\udce9' after 'caf'"
     with pytest.raises(ValueError, match=f'{name}.*{message}.*--bad_documents'):
         prep(source, tmp_path / 'out', val_frac=0.2)
     for choice in ('skip', 'replace'):
@@ -946,7 +949,7 @@ def own_tokenizer(folder, **parts):
     """A byte-level tokenizer.json with other parts set"""
     from tokenizers import models, pre_tokenizers
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = prepare.byte_level(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer = byte_level(models.BPE({c: i for i, c in enumerate(letters)}, []))
     tokenizer.add_special_tokens(['<s>', '</s>'])
     for name, part in parts.items():
         setattr(tokenizer, name, part)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sample
 from model import Config, Transformer
-from nanoseek import chat, hf
+from nanoseek import chat, folders
 from support import asset
 
 HERE = Path(sample.__file__).resolve().parent
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
                     attention='gqa', max_position_embeddings=64, bos_token_id=256,
                     eos_token_id=257)
     Transformer(config).save_pretrained(folder)
-    hf.write_companions(folder, tokenizer, config, {})
+    folders.write_companions(folder, tokenizer, config, {})
     return folder
 
 

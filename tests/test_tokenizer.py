@@ -1,0 +1,233 @@
+"""Tests of nanoseek/tokenizer.py and of how prepare.py treats a document that a tokenizer cannot
+take: it is named, left out where that is asked for, and costs nothing that was done before."""
+import json
+import random
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+import prepare
+from nanoseek import tokenizer as own
+from nanoseek.tokenizer import Encoder, cut, decode, encode, load_tokenizer, lost_bytes
+from support import asset
+
+WORDS = 'the cat sat on a mat while rain fell over quiet hills and nobody came'.split()
+
+
+def words(count, seed=0):
+    return ' '.join(random.Random(seed).choices(WORDS, k=count))
+
+
+def bpe_of_bytes(folder, change=None):
+    """A folder with the tokenizer.json of a BPE of bytes, changed by change(tokenizer)"""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = own.byte_level(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.add_special_tokens(['<|endoftext|>'])
+    if change:
+        change(tokenizer)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    return folder
+
+
+def write_corpus(path, documents):
+    with open(path, 'w', encoding='utf-8') as f:
+        for text in documents:
+            f.write(json.dumps({'text': text}) + '\n')
+    return path
+
+
+def run(path, out, **settings):
+    settings = {'source': str(path), 'val_frac': 0.2, 'out_dir': str(out), **settings}
+    return prepare.TokenData(prepare.prepare(prepare.Settings(**settings)))
+
+
+# ---------------------------------------------------------------------------- without spaces
+
+@pytest.mark.parametrize('text', ['ACGT' * 300_000, ' ' * 700_000, '\n' * 300_000,
+                                  'é' * 300_000 + ' ' + 'ü' * 300_000], ids=len)
+@pytest.mark.parametrize('blocks', [1, 1000])
+def test_a_text_without_a_place_to_cut_is_cut_all_the_same(text, blocks):
+    size = len(text) // blocks + 1
+    pieces = list(cut(None, [text[i:i + size] for i in range(0, len(text), size)]))
+    assert ''.join(pieces) == text
+    assert max(map(len, pieces)) <= own.LONGEST
+
+
+def test_pieces_of_a_usual_text_give_the_ids_of_the_whole_in_any_blocks():
+    text = words(40_000)
+    tokenizer = own.train_bpe(300, [text[:50_000]])
+    pieces = list(cut(tokenizer, [text]))
+    assert len(pieces) > 4
+    assert list(cut(tokenizer, [text[:100_001], text[100_001:]])) == pieces
+    ids = [i for piece in pieces for i in encode(tokenizer, piece)]
+    assert ids == encode(tokenizer, text)
+
+
+def test_a_bpe_is_trained_on_short_words_and_usual_texts_are_as_they_were():
+    texts = [words(1000), 'a' * 999 + ' ' + 'b' * 999]
+    assert list(own.short_words(texts)) == texts
+    dna = ''.join(random.Random(0).choices('ACGT', k=100_000))
+    pieces = list(own.short_words([dna, ' ' * 5000]))
+    assert ''.join(pieces) == dna + ' ' * 5000
+    assert max(map(len, pieces)) == own.LONGEST_WORD
+    assert own.train_bpe(512, [dna]).get_vocab_size() == 512
+
+
+@pytest.mark.parametrize('name', ['char', 'bpe:300', 'gpt2'])
+@pytest.mark.parametrize('text', ['ACGT' * 200_000, 'word' + ' ' * 400_000 + 'word' * 100],
+                         ids=['dna', 'spaces'])
+def test_a_text_without_spaces_comes_back(tmp_path, monkeypatch, name, text):
+    if name == 'gpt2':
+        monkeypatch.setenv('TIKTOKEN_CACHE_DIR', asset('tiktoken'))
+    (tmp_path / 'a.txt').write_text(text)
+    data = run(tmp_path / 'a.txt', tmp_path / 'out', tokenizer=name, test_frac=0)
+    tokenizer = load_tokenizer(tmp_path / 'out')
+    assert ''.join(decode(tokenizer, data.splits[split][:]) for split in data.splits) == text
+
+
+def test_ids_of_characters_are_those_of_the_tokenizer(tmp_path):
+    text = 'Grüße, 日本語 \U0001f642\n\x00' * 50
+    tokenizer = own.char_tokenizer(set(text))
+    tokenizer.add_special_tokens(['<|endoftext|>'])
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    encoder = Encoder(tmp_path, 'char')
+    ids, = encoder.encode([text], check=False)
+    assert ids.tolist() == encode(tokenizer, text)
+    for other in ('x', '\U0001f643', '\uffff'):
+        with pytest.raises(ValueError, match=f'U\\+{ord(other):04X}'):
+            encoder.encode([f'Grüße{other}'], check=False)
+
+
+# --------------------------------------------------------------- what is known to lose nothing
+
+def added(*tokens):
+    def change(tokenizer):
+        tokenizer.add_tokens(list(tokens))
+    return change
+
+
+def part(name, value):
+    def change(tokenizer):
+        setattr(tokenizer, name, value)
+    return change
+
+
+def dropout(tokenizer):
+    tokenizer.model.dropout = 0.5
+
+
+CHANGES = {
+    'strips': (added(AddedToken('<|user|>', rstrip=True, special=False)), '<|user|>\n\n  hello'),
+    'no bytes': (added(AddedToken('đem', special=False)), 'the đem was there'),
+    'special strips': (lambda t: t.add_special_tokens([AddedToken('<|x|>', lstrip=True)]), 'a'),
+    'lowercase': (part('normalizer', normalizers.Lowercase()), 'Some Words'),
+    'whitespace': (part('pre_tokenizer', pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)])),
+        'some  words'),
+    'prefix': (part('pre_tokenizer', pre_tokenizers.ByteLevel(add_prefix_space=True)), 'word'),
+    'decoder': (part('decoder', decoders.Fuse()), 'Grüße'),
+    'dropout': (dropout, 'a')}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_every_text_is_checked_where_anything_may_lose_some(tmp_path, name):
+    change, text = CHANGES[name]
+    assert lost_bytes(load_tokenizer(bpe_of_bytes(tmp_path / 'plain'))) == b''
+    folder = bpe_of_bytes(tmp_path / 'changed', change)
+    assert lost_bytes(load_tokenizer(folder)) is None
+    encoder = Encoder(folder, 'mine')
+    tokenizer = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if tokenizer.decode(ids, skip_special_tokens=False) != text:
+        with pytest.raises(ValueError, match='does not give the text back'):
+            encoder.encode([text], check=False)
+
+
+def test_text_that_an_added_token_would_lose_behind_the_first_megabyte_is_named(tmp_path):
+    folder = bpe_of_bytes(tmp_path / 'tok', CHANGES['strips'][0])
+    documents = [words(400, i) for i in range(1000)]
+    documents[900] = '<|user|>\n\n    ' + documents[900]
+    path = write_corpus(tmp_path / 'a.jsonl', documents)
+    with pytest.raises(ValueError, match='a.jsonl, line 901: .*does not give the text back'):
+        run(path, tmp_path / 'out', tokenizer=str(folder), workers=1)
+
+
+# ---------------------------------------------------------- documents that a tokenizer refuses
+
+@pytest.fixture
+def few_letters(tmp_path):
+    """A tokenizer of the letters of WORDS, and 300 documents, of which two have others."""
+    tokenizer = own.char_tokenizer(set(' '.join(WORDS)))
+    tokenizer.add_special_tokens(['<|endoftext|>'])
+    (tmp_path / 'tok').mkdir()
+    tokenizer.save(str(tmp_path / 'tok/tokenizer.json'))
+    documents = [f'{words(2000, i)}' for i in range(300)]
+    documents[170] += ' Z'
+    documents[250] += ' Q'
+    return tmp_path / 'tok', documents, write_corpus(tmp_path / 'a.jsonl', documents)
+
+
+@pytest.mark.parametrize('workers', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_document_that_cannot_be_tokenized_is_named_or_skipped(tmp_path, few_letters, workers):
+    tok, documents, path = few_letters
+    settings = {'tokenizer': str(tok), 'workers': workers}
+    with pytest.raises(ValueError, match=r"a.jsonl, line 171: character 'Z' .U\+005A.*skip"):
+        run(path, tmp_path / 'out', **settings)
+    data = run(path, tmp_path / 'out', **settings, bad_documents='skip')
+    assert data.meta['left_out'] == {'bad': 2, 'duplicates': 0}
+    tokenizer = load_tokenizer(tmp_path / 'out')
+    found = ''.join(decode(tokenizer, data.splits[split][:]) for split in data.splits)
+    good = [text for i, text in enumerate(documents) if i not in (170, 250)]
+    assert sorted(found.split('<|endoftext|>')[:-1]) == sorted(good)
+    good_path = write_corpus(tmp_path / 'good.jsonl', good)
+    clean = run(good_path, tmp_path / 'clean', **settings)
+    for split in clean.splits:
+        assert np.array_equal(data.splits[split][:], clean.splits[split][:])
+
+
+def test_what_was_done_before_such_a_document_is_kept(tmp_path, few_letters, monkeypatch):
+    tok, _, path = few_letters
+    monkeypatch.setattr(prepare, 'SAVE_SECONDS', 0)
+    monkeypatch.setattr(prepare, 'BATCH', 50_000)
+    settings = {'tokenizer': str(tok), 'workers': 1}
+    with pytest.raises(ValueError, match='line 171.*with that it goes on'):
+        run(path, tmp_path / 'out', **settings)
+    kept = json.loads((tmp_path / 'out/.partial/progress.json').read_text())
+    assert sum(of_split['tokens'] for of_split in kept['splits'].values()) > 500_000
+    data = run(path, tmp_path / 'out', **settings, bad_documents='skip')
+    whole = run(path, tmp_path / 'whole', **settings, bad_documents='skip')
+    assert data.meta['crc32'] == whole.meta['crc32']
+    assert data.meta['left_out']['bad'] == 2
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_its_document(tmp_path):
+    class Panic(BaseException):
+        """As pyo3's, which is no Exception"""
+
+    class Encoding:
+        tokenizer = None
+
+        def pieces(self, text):
+            return [text]
+
+        def encode(self, texts, check):
+            if any('bad' in text for text in texts):
+                raise Panic('index out of bounds')
+            return [np.array([len(text)], np.uint32) for text in texts]
+
+    pieces = [prepare.Piece('train', text, True, f'line {i}', False)
+              for i, text in enumerate(['a', 'bad', 'ccc'])]
+    prepare.encoder_of.cache_clear()
+    original = prepare.Encoder
+    prepare.Encoder = lambda *args: Encoding()
+    try:
+        found, lengths, problems = prepare.tokenize(('x', 'y', False), 9, pieces, True)
+    finally:
+        prepare.Encoder = original
+        prepare.encoder_of.cache_clear()
+    assert found['train'][0].tolist() == [1, 9, 3, 9]
+    assert found['train'][1:] == [4, 2]
+    assert lengths == [2, 0, 2]
+    assert problems == {1: 'Panic: index out of bounds'}
