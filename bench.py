@@ -26,6 +26,7 @@ from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
 from nanoseek.device import check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device, to_fp8, wants_compile
 from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
 from nanoseek.optim import make_optimizer
+from nanoseek import tokens
 from sample import compile_decoding
 
 HERE = Path(__file__).resolve().parent
@@ -195,8 +196,8 @@ def parts_of_step(s, t, model, device, dtype):
     """-> {part: seconds} of a step by the config's optimizer, without torch.compile; seconds of such a step without
     marks; where data are from: a batch is fetched where the dataset is prepared, trained is on random tokens"""
     fetch, source = lambda: None, 'random tokens'
-    with contextlib.suppress(prepare.NoDataset):
-        data, number = prepare.open_data(t.dataset), iter(range(0, 2**62, t.batch_size))
+    with contextlib.suppress(tokens.NoDataset):
+        data, number = tokens.open_data(t.dataset), iter(range(0, 2**62, t.batch_size))
         rows = lambda: range(n := next(number), n + t.batch_size)
         fetch = lambda: to_device(data.batch('train', rows(), t.block_size, t.seed), device)
         source = t.dataset if isinstance(t.dataset, str) else ' + '.join(t.dataset)

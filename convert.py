@@ -29,7 +29,8 @@ import config
 from model import Config, Transformer
 from nanoseek import hf
 from nanoseek.estimate import parameter_table
-from prepare import encode, load_tokenizer, open_data
+from nanoseek.tokens import open_data
+from prepare import encode, load_tokenizer
 
 @dataclass
 class Settings:

@@ -18,7 +18,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 import config
+from nanoseek import files, signals
 from nanoseek.hf import hub_folder
+from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData, file_name, open_split
 
-VERSION = 2                                     # of the files' format, in meta.json; 1 had no shards
-DTYPES = {'uint16': '<u2', 'uint32': '<u4'}
-SPLITS = ('train', 'val', 'test')
 EOT = '<|endoftext|>'
 EOT_NAMES = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')  # in other people's tokenizers
 CODE_TOKENS = [f'<|im_{x}|>' for x in ('start', 'end')] + [f'<{x}>' for x in (
@@ -590,8 +588,9 @@ def check_round_trip(tokenizer, spec, text, ids):
 
 def worker():
     """A worker ends with its parent, however that ends, and leaves Ctrl-C and SIGTERM to it"""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in signals.STOPPING:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -684,9 +683,6 @@ def texts_to_learn(source, s, most, splits=('train',)):
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing: in data/NAME/.partial, with a note of how far it has come, until all is there
 
-def file_name(split, shard):
-    return f'{split}-{shard:05d}.bin' if shard else f'{split}.bin'
-
 class Progress:
     """Token files that grow, and progress.json with state, which says how much of them counts"""
 
@@ -732,27 +728,21 @@ class Progress:
         del self.hashes[:count]                             # the same list, to which documents() appends
         self.kept = self.state['seen']
         for name in (*self.touched, f.name):
-            with open(name, 'rb') as f:
-                os.fsync(f.fileno())
+            files.sync(name)
         self.touched = set()
-        write_file(self.folder / 'progress.json', json.dumps(self.state).encode())
+        files.write_file(self.folder / 'progress.json', json.dumps(self.state).encode())
 
     def tokens(self):
         return sum(of['tokens'] for of in self.state['splits'].values())
 
-def write_file(path, data):
-    """All of it or nothing"""
-    tmp = path.with_name(f'{path.name}.tmp')
-    with open(tmp, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
 def prepare(s):
     """Read, split, tokenize, check, write; -> the directory"""
-    began, out = time.time(), Path(s.out_dir or Path('data') / source_name(s))
-    work, new = out / '.partial', [p for p in (out, out.parent) if not p.exists()]
+    out = Path(s.out_dir or Path('data') / source_name(s))
+    with files.lock(out):
+        return prepare_in(out, s)
+
+def prepare_in(out, s):
+    began, work = time.time(), out / '.partial'
     recipe = {k: v for k, v in asdict(s).items() if k not in ('workers', 'resume', 'out_dir', 'inspect', 'path')}
     recipe |= {'version': VERSION, 'tokenizer': s.tokenizer or ('bpe:8192' if s.source not in HUB else SMOLLM2)}
     try:
@@ -788,9 +778,6 @@ def prepare(s):
             print(note, file=sys.stderr)
         else:                                               # nothing to go on with, or to no other end: no trace
             shutil.rmtree(work, ignore_errors=True)
-            for folder in new:
-                with suppress(OSError):
-                    folder.rmdir()
         raise
     dataset = out.name if out.parent == Path('data') else str(out)
     print(f'written to {out} in {time.time() - began:.1f} s; next: python train.py ' + (
@@ -847,7 +834,7 @@ def begin(s, source, recipe, work, before):
         return begin(s, source, recipe, work, None)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    write_file(work / 'tokenizer.json', saved)
+    files.write_file(work / 'tokenizer.json', saved)
     return meta, progress, np.zeros(0, np.uint64)
 
 def fill(s, source, meta, progress, seen):
@@ -858,7 +845,7 @@ def fill(s, source, meta, progress, seen):
     workers = s.workers or len(os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count()))
     tokenizer = engine(file, meta['tokenizer']['name'], s.special_in_text)[0]
     todo = batches(source, s, tokenizer, progress, Seen(seen) if s.deduplicate else None)
-    jobs, (stop, handlers), problem, batch = deque(), catch_signals(), None, True
+    jobs, (stop, handlers), problem, batch = deque(), signals.catch(), None, True
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), worker)
     bar = tqdm(total=s.tokens or source.total, unit='tok' if s.tokens else source.unit, unit_scale=True, leave=False,
                delay=0.5, mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -887,34 +874,26 @@ def fill(s, source, meta, progress, seen):
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signals.restore(handlers)
     if stop or problem and not state['complete']:
         raise problem or KeyboardInterrupt
 
 def submit(pool, *args):
     """pool.submit. A process that it starts inherits blocked signals: they are its parent's, also before worker()"""
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    if not hasattr(signal, 'pthread_sigmask'):      # Windows, where a started process inherits none
+        return pool.submit(*args)
+    theirs = [getattr(signal, name) for name in signals.STOPPING]
+    signal.pthread_sigmask(signal.SIG_BLOCK, theirs)
     try:
         return pool.submit(*args)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, theirs)
 
 def now(call, *args):
     """What pool.submit gives, done already"""
     job = Future()
     job.set_result(call(*args))
     return job
-
-def catch_signals():
-    """-> a list that is empty until the first Ctrl-C or SIGTERM, the handlers until now; a second one ends at once"""
-    caught = []
-
-    def handle(number, frame):
-        caught.append(number)
-        if len(caught) > 1:
-            os._exit(130)
-    return caught, {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
 def collect(s, call, progress, job, pieces, behind):
     """The ids of a batch into the files; with the document that makes s.tokens, the state is complete"""
@@ -959,7 +938,7 @@ def finish(s, source, meta, progress, out):
         print(*[f'left out: {count:,} {what}'] * (count > 0), end='\n' * (count > 0))
     if progress.folder != work:
         shutil.copy(work / 'tokenizer.json', progress.folder)
-    write_file(progress.folder / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    files.write_file(progress.folder / 'meta.json', json.dumps(meta, indent=1, ensure_ascii=False).encode())
     move(progress.folder, out)
     shutil.rmtree(work)
 
@@ -991,7 +970,7 @@ def pack(progress, eot, row, tokenizer):
             lost['tokens'] += len(ids)
             lost['bytes'] += len(decode(tokenizer, ids[ids != eot]).encode('utf-8', 'replace'))
             lost['documents'] += whole
-        documents = split_at(token_files(progress.folder, split, of['tokens'], progress.dtype, progress.shard), eot)
+        documents = split_at(open_split(progress.folder, split, of['tokens'], progress.dtype, progress.shard), eot)
         for block in best_fit(documents, row, lose):
             rows.append(split, block, 0, 0)
         rows.append(split, np.zeros(0), of['bytes'] - lost['bytes'], of['documents'] - lost['documents'])
@@ -1099,256 +1078,6 @@ def encode(tokenizer, text):
 def decode(tokenizer, ids):
     """ids -> text, with special tokens spelled out"""
     return tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: tokens
-
-class Shards:
-    """Files of token ids that read like one array, in order"""
-
-    def __init__(self, parts):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self):
-        return int(self.ends[-1])
-
-    def __getitem__(self, where):
-        a, b, _ = where.indices(len(self))
-        first, last = np.searchsorted(self.ends, (a, max(b - 1, a)), 'right')
-        starts = self.ends[first:last + 1] - [len(part) for part in self.parts[first:last + 1]]
-        return np.concatenate([part[max(a - start, 0):max(b - start, 0)] for part, start in
-                               zip(self.parts[first:last + 1], starts)])
-
-def token_files(folder, split, tokens, dtype, shard_tokens):
-    """-> the ids of a split (N,), left on disk. ValueError where a file has another size"""
-    parts = []
-    for shard, start in enumerate(range(0, tokens, shard_tokens)):
-        file, size = folder / file_name(split, shard), min(tokens - start, shard_tokens) * dtype.itemsize
-        found = file.stat().st_size if file.is_file() else 0
-        if found != size:
-            raise ValueError(f'{file} has {found:,} bytes, and {size:,} by its meta.json')
-        parts.append(np.memmap(file, dtype, 'r').view(np.ndarray))      # whose slices are made faster
-    return parts[0] if len(parts) == 1 else Shards(parts)
-
-def open_data(dataset, root='data'):
-    """A path, or a folder under root -> TokenData; {such a name: its share, ...} -> Mixture. ValueError"""
-    if isinstance(dataset, str):
-        return TokenData(dataset if Path(dataset, 'meta.json').is_file() else Path(root, dataset))
-    counts = whole_counts(dataset)
-    opened = {name: open_data(name, root) for name in dataset}
-    return Mixture(opened, counts) if len(opened) > 1 else opened.popitem()[1]
-
-class NoDataset(ValueError):
-    """It has not been prepared"""
-
-class TokenData:
-    """data/NAME as prepare.py wrote it: meta, vocab_size, dtype, eot_id, splits {name: ids (N,), left on disk}.
-    ValueError when it is not there, or not what its meta.json says."""
-
-    def __init__(self, directory):
-        self.directory = Path(directory)
-        file, run = self.directory / 'meta.json', f"run 'python prepare.py {self.directory.name}'"
-        if not file.is_file():
-            raise NoDataset(f'no dataset in {directory}: {run}')
-        try:
-            self.meta = meta = json.loads(file.read_bytes())
-            if meta['version'] not in (1, VERSION):
-                raise ValueError(f'version {meta["version"]}, not {VERSION}')
-            self.dtype, self.eot_id = np.dtype(DTYPES[meta['dtype']]), meta['eot_id']
-            self.vocab_size, tokenizer_sha256 = int(meta['vocab_size']), meta['tokenizer']['sha256']
-            counts = {split: n['tokens'] for split, n in meta['splits'].items() if n['bytes'] > 0}
-            shard_tokens, self.row = meta.get('shard_tokens', 1 << 62), meta.get('pack', 0)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f'{file} is not what this prepare.py writes ({e!r}): {run} again') from e
-        file = self.directory / 'tokenizer.json'
-        if hashlib.sha256(must_exist(file).read_bytes()).hexdigest() != tokenizer_sha256:
-            raise ValueError(f'{file} is not the one that made the tokens: {run} again')
-        self.starts = functools.lru_cache(64)(self.compute_starts)
-        try:
-            self.splits = {split: token_files(self.directory, split, n, self.dtype, shard_tokens)
-                           for split, n in counts.items()}
-        except ValueError as e:
-            raise ValueError(f'{e}: {run} again') from e
-
-    @property
-    def sources(self):
-        """{name: (TokenData, share)}, as a Mixture has several"""
-        return {self.directory.name: (self, 1.0)}
-
-    def check(self, checksums=False, size=1 << 24):
-        """Reads all tokens. ValueError for one that is not in the vocabulary, and where a checksum is wrong"""
-        for split, ids in self.splits.items():
-            for start in range(0, len(ids), size):
-                if (block := ids[start:start + size]).max() >= self.vocab_size:
-                    at = start + int((block >= self.vocab_size).argmax())
-                    raise ValueError(f'{self.directory / split}.bin: token {block[at - start]} at byte '
-                                     f'{at * self.dtype.itemsize:,} is not in the vocabulary of {self.vocab_size:,}: '
-                                     'run prepare.py again')
-            for shard, wanted in enumerate(self.meta.get('crc32', {}).get(split, []) if checksums else []):
-                file, found = self.directory / file_name(split, shard), 0
-                with open(file, 'rb') as f:
-                    for block in blocks(f, math.inf):
-                        found = zlib.crc32(block, found)
-                if found != wanted:
-                    raise ValueError(f'{file} is damaged: its checksum is {found}, should be {wanted}: run prepare.py '
-                                     'again')
-
-    def fingerprint(self):
-        """What tells datasets apart: the name, and a checksum of text, tokenizer and splits"""
-        text = self.meta['source'].get('sha256') or self.meta['crc32']
-        splits = {split: {k: n[k] for k in ('tokens', 'bytes')} for split, n in self.meta['splits'].items()}
-        parts = [self.meta['tokenizer'], splits, self.meta['dtype'], text]
-        return f'{self.meta["source"]["name"]} {zlib.crc32(json.dumps(parts, sort_keys=True).encode()):08x}'
-
-    def tokens(self, split):
-        if split not in self.splits:
-            raise ValueError(f"{self.directory} has no split '{split}', only {', '.join(self.splits)}")
-        return len(self.splits[split])
-
-    def bytes_per_token(self, split):
-        return self.meta['splits'][split]['bytes'] / self.tokens(split)
-
-    def windows(self, split, block_size):
-        """How many sequences of block_size tokens fit side by side, each with the token that follows it; at least 1"""
-        if self.row and block_size != self.row:
-            raise ValueError(f'{self.directory} is packed in rows of {self.row} tokens: block_size={block_size} must '
-                             'be that, or run prepare.py with another --pack')
-        count = self.tokens(split) // (self.row + 1) if self.row else (self.tokens(split) - 1) // block_size
-        if count < 1:
-            raise ValueError(f"split '{split}' of {self.directory} has {self.tokens(split):,} tokens, and block_size="
-                             f'{block_size} needs {block_size + 1:,}: take a smaller block_size or a longer text')
-        return count
-
-    def batch(self, split, indices, block_size, seed):
-        """Sequences number indices (B,) of an endless stream -> x, y (B, T) int64, y one token ahead. A pure function:
-        the same in any batch, on any rank, after any restart. Every epoch has each window once, in an order of its own
-        and shifted by a phase of its own, so that windows do not always begin at the same tokens."""
-        numbers = (divmod(int(i), 4096) for i in indices)
-        return self.sequences(split, [self.starts(split, part, block_size, seed)[i] for part, i in numbers], block_size)
-
-    def compute_starts(self, split, part, block_size, seed):
-        """Where sequences 4096 * part and on begin: many at a time, which costs little more than one"""
-        W, last = self.windows(split, block_size), self.tokens(split) - 1 - block_size
-        epoch, k = np.divmod(np.arange(4096 * part, 4096 * part + 4096, dtype=np.uint64), W)  # (4096,), (4096,)
-        key = scramble(np.array([seed % 2**64], np.uint64)) ^ zlib.crc32(split.encode())    # (1,)
-        key = scramble(scramble(key) ^ epoch)                                               # (4096,)
-        if self.row:
-            return (permute(k, W, key) * (self.row + 1)).astype(np.int64)
-        return np.minimum(scramble(key) % block_size + permute(k, W, key) * block_size, last).astype(np.int64)
-
-    def eval_batch(self, split, first, count, block_size):
-        """Windows first ... first + count - 1 in the order of the text -> x, y (count, T) int64. The end of the split
-        that fills no window is left out."""
-        assert 0 <= first and first + count <= self.windows(split, block_size), 'no such windows'
-        step = block_size + bool(self.row)
-        return self.sequences(split, range(first * step, (first + count) * step, step), block_size)
-
-    def sequences(self, split, start, block_size):
-        both = np.stack([self.splits[split][a:a + block_size + 1] for a in start]).astype(np.int64)
-        return both[:, :-1], both[:, 1:]                                                    # (B, T) each
-
-class Mixture:
-    """Datasets of one tokenizer, opened {name: TokenData}, read as if they were one: of every sum(counts) sequences,
-    counts (k,) are from each. Neither the order of the names nor where the folders are makes a difference."""
-
-    def __init__(self, opened, counts):
-        prints = {name: data.fingerprint() for name, data in opened.items()}
-        counts = dict(sorted(zip(opened, counts), key=lambda pair: prints[pair[0]]))
-        self.counts = np.array([*counts.values()])                                          # (k,)
-        self.source, self.rank = schedule([*counts.values()])                               # (period,), (period,)
-        self.sources = {name: (opened[name], n / len(self.source)) for name, n in counts.items()}
-        self.keys = [zlib.crc32(prints[name].encode()) << 32 for name in counts]            # of the seeds
-        self.name = ' + '.join(f'{n}/{len(self.source)} {prints[name]}' for name, n in counts.items())
-        first, *others = (data for data, _ in self.sources.values())
-        for data in others:
-            if data.meta['tokenizer']['sha256'] != first.meta['tokenizer']['sha256']:
-                raise ValueError(f'{first.directory} and {data.directory} were made with different tokenizers: run '
-                                 'prepare.py again for one of them, for the second with '
-                                 f'--tokenizer={first.directory} --out_dir={data.directory}')
-        self.directory, self.vocab_size, self.eot_id = first.directory, first.vocab_size, first.eot_id
-
-    def check(self):
-        for data, _ in self.sources.values():
-            data.check()
-
-    def fingerprint(self):
-        return self.name
-
-    def windows(self, split, block_size):
-        return sum(data.windows(split, block_size) for data, _ in self.sources.values())
-
-    def bytes_per_token(self, split):
-        return sum(share * data.bytes_per_token(split) for data, share in self.sources.values())
-
-    def drawn(self, n):
-        """How many of the first n sequences are from each source, {name: count}"""
-        period, rest = divmod(n, len(self.source))
-        counts = period * self.counts + np.bincount(self.source[:rest], minlength=len(self.counts))
-        return dict(zip(self.sources, counts.tolist()))
-
-    def batch(self, split, indices, block_size, seed):
-        """As TokenData's. Each source has its own endless stream, from a seed of its own, so that two of the same size
-        are not in the same order; sequence i of the mixture is number own[i] of one of them."""
-        period, at = np.divmod(np.asarray(indices), len(self.source))                       # (B,), (B,)
-        source = self.source[at]
-        own = period * self.counts[source] + self.rank[at]                                  # (B,)
-        x, y = np.empty((2, len(at), block_size), np.int64)                                 # (B, T), (B, T)
-        for i, (data, _) in enumerate(self.sources.values()):
-            if (mine := source == i).any():
-                x[mine], y[mine] = data.batch(split, own[mine], block_size, seed ^ self.keys[i])
-        return x, y
-
-def whole_counts(shares, longest=100_000):
-    """{name: share} -> how many sequences of a period are from each. It is the shortest period in which the shares, as
-    they are written, come out exactly, or the longest one, where they are rounded (largest remainders)."""
-    for name, share in shares.items():
-        if not isinstance(name, str) or type(share) not in (int, float) or not 0 < share < math.inf:
-            raise ValueError(f'dataset={shares}: the share of {name!r} is {share!r}, must be a number above 0')
-    if not shares:
-        raise ValueError("dataset={}: must name at least one, as in {'shakespeare': 0.7, 'mybook': 0.3}")
-    exact = [Fraction(str(share)) for share in shares.values()]
-    exact = [share / sum(exact) for share in exact]
-    period = min(math.lcm(*(share.denominator for share in exact)), longest)
-    counts = [int(share * period) for share in exact]
-    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i] * period)[:period - sum(counts)]:
-        counts[i] += 1
-    if 0 in counts:
-        raise ValueError(f'dataset={shares}: the share of {list(shares)[counts.index(0)]!r} is below one sequence in '
-                         f'{longest:,}: raise it')
-    return counts
-
-def schedule(counts):
-    """How many sequences of a period are from each of k sources -> the source of each sequence, and its rank among
-    those of that source, (period,) both. Among the first n, for any n, a source has n times its share within
-    1 - 1/(2k - 2): nothing smaller is always possible (Tijdeman, The chairman assignment problem, 1980)."""
-    period, m, taken, source, rank = sum(counts), 2 * len(counts) - 2, [0] * len(counts), [], []
-    for n in range(1, period + 1):
-        may = [i for i, c in enumerate(counts) if m * (n * c - taken[i] * period) >= period]    # not too early
-        i = min(may, key=lambda i: (m * taken[i] + m - 1) * period // (m * counts[i]))          # who must come first
-        source.append(i), rank.append(taken[i])
-        taken[i] += 1
-    return np.array(source), np.array(rank)
-
-def scramble(x):
-    """uint64 (N,) -> uint64 (N,) that look random, one to one: a step of SplitMix64 (Steele et al., 2014)"""
-    x = x + 0x9E3779B97F4A7C15
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
-    x = (x ^ x >> 27) * 0x94D049BB133111EB
-    return x ^ x >> 31
-
-def permute(k, size, key, rounds=8):
-    """k (N,) below size -> its places in a permutation of range(size) chosen by key (N,), uint64 all, without a table:
-    a Feistel network permutes the smallest 4**half >= size; who leaves range(size) walks on until he is back."""
-    half = ((size - 1).bit_length() + 1) // 2
-    round_keys = [scramble(key + i) for i in range(rounds)]
-    out, todo = k.copy(), np.arange(len(k))
-    while len(todo):
-        left, right = out[todo] >> half, out[todo] & (1 << half) - 1
-        for round_key in round_keys:
-            left, right = right, left ^ scramble(round_key[todo] ^ right) & (1 << half) - 1
-        out[todo] = left << half | right
-        todo = todo[out[todo] >= size]
-    return out
 
 if __name__ == '__main__':
     with config.user_errors():

@@ -35,7 +35,8 @@ from nanoseek.device import (check_fp8, compiled, matmul_rate, memory_limit, pea
                              to_device, to_fp8)
 from nanoseek.estimate import advice, describe, flops_per_token, memory_estimate
 from nanoseek.optim import learning_rate_at, make_optimizer
-from prepare import NoDataset, decode, encode, load_tokenizer, open_data
+from nanoseek.tokens import NoDataset, open_data
+from prepare import decode, encode, load_tokenizer
 
 STARTED = time.time()
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import prepare
-from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer, open_data, permute,
-                     schedule, scramble, whole_counts)
+from prepare import (Settings, TokenData, cut, decode, encode, load_tokenizer)
+from nanoseek.tokens import open_data, permute, schedule, scramble, whole_counts
 from model import Config
 from nanoseek.hf import write_companions
 from support import asset
@@ -40,7 +40,8 @@ def run(folder, *args):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob('*')
+            if p.is_file() and p.name != '.lock'}       # which a killed process leaves, and nobody holds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
