@@ -9,17 +9,13 @@ command again goes on where the run stopped.
 """
 import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
 
-import importlib.util
 import json
 import math
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,11 +24,11 @@ import torch
 
 import config
 from model import Config, Transformer
-from nanoseek import hf, monitor
-from nanoseek.checkpoint import *   # DRAFT
+from nanoseek import checkpoint, files, hf, monitor, signals
+from nanoseek.card import model_card
 from nanoseek.checks import check_batch, check_logs, check_sizes, check_tokenizer
-from nanoseek.device import (check_fp8, compiled, matmul_rate, memory_limit, peak_memory, pick_device,
-                             to_device, to_fp8)
+from nanoseek.device import (check_fp8, compiled, matmul_rate, memory_limit, pick_device, to_device,
+                             to_fp8)
 from nanoseek.estimate import advice, describe, flops_per_token, memory_estimate
 from nanoseek.optim import learning_rate_at, make_optimizer
 from nanoseek.tokens import NoDataset, open_data
@@ -151,11 +147,11 @@ class OneDevice:
 
 @dataclass
 class Progress:
-    """Where a run stands. A checkpoint keeps all of it but bad"""
+    """Where a run stands, which its checkpoints keep"""
     step: int = 0           # optimizer steps that were taken
     skipped: int = 0        # steps whose data were passed over, when the run went back
     rollbacks: int = 0      # how often it went back
-    bad: int = 0            # non-finite steps in a row, just now
+    bad: int = 0            # steps in a row, the last ones, that were not finite
     history: list = field(default_factory=list)  # the last losses, for spikes
     about: dict = field(default_factory=dict)    # the last evaluation, for the model card
 
@@ -190,12 +186,11 @@ def build_model(s, given, found, data):
         check_tokenizer(s, folder, data)
         own = hf.read_config(Config, folder).rope_theta
         if c.rope_theta != own:     # weights are worthless with another one
-            print(f'rope_theta={c.rope_theta:g}, but {folder} was trained with {own:g}',
-                  file=sys.stderr)
+            warn(f'rope_theta={c.rope_theta:g}, but {folder} was trained with {own:g}')
         return Transformer.from_pretrained(folder, **given)
     model = Transformer.from_pretrained(found)
     for name in given:
-        check_same(found, name, getattr(model.config, name), getattr(c, name))
+        checkpoint.check_same(found, name, getattr(model.config, name), getattr(c, name))
     return model
 
 
@@ -306,10 +301,11 @@ def reason_to_stop(s, caught):
 # --------------------------------------------------------------------------------- the run
 
 
-def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, saver,
-          caught, peak_flops):
-    """The loop. forward: what is called in the model's place; amp: makes the context of a forward
-    pass; caught: the names of signals; peak_flops: FLOP/s of all devices together"""
+def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, save, writer,
+          found, caught, peak_flops):
+    """The loop. amp: makes the context of a forward pass; forward: what is called in the model's
+    place; save: hands a checkpoint to writer; found: the checkpoint that the run goes on from;
+    caught: names of signals; peak_flops: FLOP/s of all devices together"""
     batch = sequences_per_step(s, dist)
     micro_steps = batch // (s.batch_size * dist.world)
     tokens = batch * s.block_size           # of a step
@@ -319,6 +315,7 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
     timed_from = progress.step      # ms of a step are a mean since then
     clock = time.perf_counter()
     means = {}                      # the losses of the last progress line
+    pause = 0.0                     # seconds that the last checkpoint took of the loop's time
     while progress.step < s.max_steps:
         lr = learning_rate_at(progress.step, s)
         for group in optimizer.param_groups:
@@ -370,7 +367,9 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
         progress.step += 1
         log.advance()
         if progress.bad == s.max_bad_steps:
-            go_back(s, dist, device, model, optimizer, scaler, progress, log, saver)
+            say_written(log, writer, pause)
+            back = last_good(s, dist, progress, log, found, first_step)
+            progress = go_back(back, dist, device, model, optimizer, scaler, progress, log)
             timed_from = progress.step
             clock = time.perf_counter()
             continue
@@ -395,60 +394,108 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
         paused = time.perf_counter()
         val_loss = None
         if progress.step % s.eval_interval == 0 or last:
-            found = validate(model, data, s, device, amp, dist)
-            val_loss = found['val_loss']
+            evaluated = validate(model, data, s, device, amp, dist)
+            val_loss = evaluated['val_loss']
             progress.about = {'training': means.get('main', math.nan), 'validation': val_loss,
-                              'bits per byte': found['val_bpb']}
-            log.say(monitor.validation_line(progress.step, found))
-            log.add(step=progress.step, elapsed_s=elapsed(), **found, **monitor.all_loads(load))
+                              'bits per byte': evaluated['val_bpb']}
+            log.say(monitor.validation_line(progress.step, evaluated))
+            log.add(step=progress.step, elapsed_s=elapsed(), **evaluated,
+                    **monitor.all_loads(load))
         if s.sample_interval > 0 and (progress.step % s.sample_interval == 0 or last):
             log.say(f'--- sample\n{sample_text(model, tokenizer, s, device, amp)}\n---')
         if progress.step % s.checkpoint_interval == 0 or last:
-            saver.save(progress, val_loss)
-        else:
-            saver.report()
+            say_written(log, writer, pause)     # waits for the one before
+            pause = save(progress, val_loss)
+        elif writer.job is not None and writer.job.done():
+            say_written(log, writer, pause)
         clock += time.perf_counter() - paused       # they are no part of a step
         if stop:
             break
 
-    saver.finish()
+    say_written(log, writer, pause)
     if stop:
         log.say(f'{reason or "another rank"}: stopped after step {progress.step}; the same command '
                 'goes on from here')
     log.close()
 
 
-def go_back(s, dist, device, model, optimizer, scaler, progress, log, saver):
-    """To the last good checkpoint, and on from there with the data that would have come now. Exits
-    where there is none, or where that has been done too often"""
-    saver.finish()
-    found = None
+def save(s, dist, device, data, model, optimizer, scaler, identity, companions, writer, progress,
+         val_loss):
+    """Copies all that a checkpoint has; writer writes it in the background. val_loss: of this step,
+    or None -> the seconds that it took here"""
+    began = time.perf_counter()
+    keep = dist.rank == 0
+    if keep or dist.sharded:        # of shards, every rank gives its own
+        state = checkpoint.training_state(asdict(progress), optimizer, scaler, device)
+        state = checkpoint.cpu_copy(state, dist.whole, keep)
+        weights = None
+        if dist.sharded:
+            weights = checkpoint.cpu_copy(model.state_dict(), dist.whole, keep)
+    if keep:
+        if val_loss is not None and not math.isfinite(val_loss):
+            val_loss = None
+        settings = {**asdict(s), **asdict(model.config), **identity, 'val_loss': val_loss,
+                    'version': checkpoint.VERSION}
+        tokens = progress.step * sequences_per_step(s, dist) * s.block_size
+        card = model_card(s, model, data, progress.step, tokens, progress.about, dist.world)
+        writer.start(Path(s.out_dir) / f'step-{progress.step:06d}', model,
+                     model.snapshot(state=weights), state, settings, card,
+                     load_tokenizer(data.directory), companions, s.keep_checkpoints)
+    return time.perf_counter() - began
+
+
+def say_written(log, writer, pause):
+    """Waits for the checkpoint that is being written, if one is. OSError where it could not be"""
+    line = writer.finish()
+    if line is not None:
+        log.say(f'{line}; the loop paused for {pause:.2f} s')
+
+
+def load(found, optimizer, scaler, device, dist):
+    """A checkpoint's state but its weights -> Progress"""
+    state = checkpoint.load_training_state(found, optimizer, scaler, device, dist.part)
+    known = {f.name: state[f.name] for f in fields(Progress) if f.name in state}
+    return Progress(**known)        # older checkpoints know less
+
+
+def last_good(s, dist, progress, log, found, first_step):
+    """-> the checkpoint to go back to. Ends the run where there is none, or where it went back often
+    enough"""
+    back = None
     if progress.rollbacks < s.max_rollbacks:
-        found = dist.first(saver.last_good)
-    if found is None:
+        back = dist.first(partial(checkpoint.newest, s.out_dir, log.say))
+        of_this_run = back is not None and checkpoint.step_of(back) >= first_step
+        if found is not None and not of_this_run:
+            back = found        # which may be in another folder
+            if checkpoint.damage(found) is not None:
+                back = None
+    if back is None:
         why = 'and no checkpoint is whole yet'
-        if progress.rollbacks:
+        if progress.rollbacks > 0:
             why = f'also after going back {progress.rollbacks} times'
         log.say(f'{progress.bad} steps in a row were not finite, {why}: stopping. Try a lower '
                 f'learning_rate (now {s.learning_rate:g}) or a longer warmup_steps '
                 f'({s.warmup_steps})')
         sys.exit(1)
-    position = progress.step + progress.skipped
-    bad = progress.bad
-    rollbacks = progress.rollbacks + 1
-    fresh = Transformer.from_pretrained(found).state_dict()
+    return back
+
+
+def go_back(back, dist, device, model, optimizer, scaler, progress, log):
+    """To a checkpoint, and on from there with the data that would have come now -> Progress"""
+    weights = Transformer.from_pretrained(back).state_dict()
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            tensor.copy_(dist.part(fresh[name], tensor))
-    load_trainer(found, optimizer, scaler, progress, dist, device)
-    progress.skipped = position - progress.step
-    progress.rollbacks = rollbacks
-    progress.bad = 0
-    log.rewind(progress.step, keep_events=True)
-    log.say(f'{bad} steps in a row were not finite: back to {found}, and on without the data that '
-            f'led here ({progress.skipped} steps)')
-    log.add(step=progress.step + 1, event='rollback', checkpoint=str(found),
-            skipped=progress.skipped, rollbacks=rollbacks)
+            tensor.copy_(dist.part(weights[name], tensor))
+    new = load(back, optimizer, scaler, device, dist)
+    new.skipped = progress.step + progress.skipped - new.step
+    new.rollbacks = progress.rollbacks + 1
+    new.bad = 0
+    log.rewind(new.step, keep_events=True)
+    log.say(f'{progress.bad} steps in a row were not finite: back to {back}, and on without the data '
+            f'that led here ({new.skipped} steps)')
+    log.add(step=new.step + 1, event='rollback', checkpoint=str(back), skipped=new.skipped,
+            rollbacks=new.rollbacks)
+    return new
 
 
 def start(s, dist, device, dtype, data, model, found, identity, companions):
@@ -462,7 +509,7 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
     amp = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     progress = Progress()
     if found:
-        load_trainer(found, optimizer, scaler, progress, dist, device)
+        progress = load(found, optimizer, scaler, device, dist)
     if progress.step >= s.max_steps:
         if dist.rank == 0:
             print(f'{found} is complete: go on with --max_steps={progress.step + 1000}, or start '
@@ -470,7 +517,7 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
         return
 
     # No mistake of the user's can stop the run any more: what it replaces goes
-    dist.first(partial(clear, s, found, progress.step))
+    dist.first(partial(checkpoint.clear, s.out_dir, found, progress.step))
     log = open_log(s, dist, progress.step, model.config)
     memory = memory_estimate(Transformer, model.config, s, dtype, device.type)
     for line in describe(Transformer, model.config, s, memory):
@@ -490,10 +537,14 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
     log.say(f'{kind}, {batch // (s.batch_size * dist.world)} x {s.batch_size} x {s.block_size} = '
             f'{batch * s.block_size:,} tokens a step, {s.max_steps - progress.step:,} steps; '
             f'a matmul reaches {rate / 1e12:.2f} TFLOP/s here')
-    saver = Saver(s, dist, device, model, optimizer, scaler, data, identity, companions, log, found)
+    writer = checkpoint.Writer()
+    save_now = partial(save, s, dist, device, data, model, optimizer, scaler, identity, companions,
+                       writer)
+    caught, handlers = signals.catch()
     train(s=s, dist=dist, device=device, amp=amp, data=data, model=model, forward=forward,
-          optimizer=optimizer, scaler=scaler, progress=progress, log=log, saver=saver,
-          caught=catch_signals(), peak_flops=rate * dist.world)
+          optimizer=optimizer, scaler=scaler, progress=progress, log=log, save=save_now,
+          writer=writer, found=found, caught=caught, peak_flops=rate * dist.world)
+    signals.restore(handlers)
 
 
 def open_log(s, dist, step, c):
@@ -516,7 +567,7 @@ def show_model(s, given):
     data = None
     with suppress(NoDataset):
         data = open_data(s.dataset)
-    c = model_config(given, folder, data)
+    c = model_config(chosen(given), folder, data)
     memory = memory_estimate(Transformer, c, s, dtype, device.type)
     print(*describe(Transformer, c, s, memory), sep='\n')
     return c, dtype, memory
@@ -525,35 +576,48 @@ def show_model(s, given):
 def main(s, given, dist, errors=config.user_errors):
     """A run from its settings to its end. given: the model's settings; errors: makes the context in
     which a user's mistake ends the process"""
-    with errors():
-        check_logs(s)
-        check_batch(s, dist.world)
-        device, dtype = pick_device(s, dist.device)
-        if s.fp8:
-            check_fp8(s.fp8, device, dtype)
-        data = open_checked(s, dist)
-        identity = {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
-                    'batch': sequences_per_step(s, dist), 'data': data.fingerprint()}
-        found = dist.first(partial(find_resume, s, identity))
-        model = build_model(s, given, found, data)
-        if s.fp8:
-            to_fp8(model, s.fp8)
-        companions = read_companions(s, found)
-    c = model.config
-    try:
-        start(s, dist, device, dtype, data, model, found, identity, companions)
-        return
-    except OSError as e:            # a full disk
-        problem = str(e)
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        problem = None
-    if problem is None:
-        del model                   # with all that fills the memory
-        problem = f'out of memory: {advice(Transformer, c, s, dtype, device)}'
-    print(f'{Path(sys.argv[0]).name}: {problem}', file=sys.stderr)
-    sys.exit(2)
+    with ExitStack() as held:
+        with errors():
+            check_logs(s)
+            check_batch(s, dist.world)
+            device, dtype = pick_device(s, dist.device)
+            if s.fp8:
+                check_fp8(s.fp8, device, dtype)
+            data = open_checked(s, dist)
+            if dist.rank == 0:
+                held.enter_context(files.lock(s.out_dir))
+            identity = {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
+                        'batch': sequences_per_step(s, dist), 'data': data.fingerprint()}
+            find = partial(checkpoint.find, s.resume, s.out_dir, identity, warn)
+            found = dist.first(find)
+            model = build_model(s, chosen(given), found, data)
+            if s.fp8:
+                to_fp8(model, s.fp8)
+            companions = read_companions(s, found)
+        c = model.config
+        try:
+            start(s, dist, device, dtype, data, model, found, identity, companions)
+            return
+        except OSError as e:        # a full disk
+            problem = str(e)
+        except (MemoryError, RuntimeError) as e:
+            if not is_out_of_memory(e):
+                raise
+            problem = None
+        if problem is None:
+            del model               # with all that fills the memory
+            problem = f'out of memory: {advice(Transformer, c, s, dtype, device)}'
+        warn(f'{Path(sys.argv[0]).name}: {problem}')
+        sys.exit(2)
+
+
+def warn(line):
+    print(line, file=sys.stderr)
+
+
+def chosen(given):
+    """The model's settings without vocab_size=0, which says no more than that it was not given"""
+    return {name: value for name, value in given.items() if name != 'vocab_size' or value != 0}
 
 
 def read_companions(s, found):

@@ -129,11 +129,11 @@ def versions():
                              text=True, capture_output=True)
         commit = git.stdout.strip()
     except OSError:         # no git here
-        commit = ''
+        commit = None
     return {
         'python': platform.python_version(),
         'torch': torch.__version__,
-        'git': commit or None,
+        'git': commit,
         'machine': platform.machine(),
         'cpus': os.cpu_count(),
         'command': ' '.join(sys.argv),

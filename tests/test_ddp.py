@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import prepare, train
+from nanoseek import checkpoint
 from nanoseek.hf import named_views
 from model import Transformer
 from support import hooks, train_here
@@ -36,7 +37,7 @@ import torch.distributed as dist
 import train
 from support import hooks
 train.memory_estimate, train.matmul_rate = lambda *_: (1, 1), lambda *_: 1e11      # seconds of every start
-loop, catch, init, destroy = train.train, train.catch_signals, dist.init_process_group, dist.destroy_process_group
+loop, catch, init, destroy = train.train, train.signals.catch, dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *args, **kw: dist.is_initialized() or init(*args, **kw)
 dist.destroy_process_group = lambda: None
 rank, again = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
@@ -69,8 +70,9 @@ def backward(at):
         next(at.model.parameters()).grad.mul_(float('nan'))
 
 def catch_signals():
-    caught.append(catch())
-    return caught[-1]
+    found, before = catch()
+    caught.append(found)
+    return found, before
 
 def checksums(ranks, model, optimizer):
     whole = lambda t: zlib.crc32(ranks.whole(t.detach()).contiguous().numpy().tobytes())
@@ -86,7 +88,7 @@ def watched(**given):
     if rank == 0:
         open('ranks.json', 'w').write(json.dumps(found))
 
-train.train, train.catch_signals = watched, catch_signals
+train.train, train.signals.catch = watched, catch_signals
 for job in json.loads(sys.argv[1]):
     os.makedirs(job['folder'], exist_ok=True)
     os.chdir(job['folder'])
@@ -275,8 +277,8 @@ def test_checkpoints_have_the_same_files_names_and_shapes_and_load(pair):
     assert files(found / 'run') == files(wanted / 'run')
     assert header(found) == header(wanted)
     model, state = Transformer.from_pretrained(final(found)), weights(found)
-    assert all(torch.equal(t, state[name]) for name, t in named_views(model))
-    assert train.damage(final(found)) is None
+    assert all(torch.equal(t, state[name]) for name, t in named_views(model).items())
+    assert checkpoint.damage(final(found)) is None
 
 
 def test_all_ranks_end_alike_and_the_first_alone_writes(pair):
@@ -316,7 +318,7 @@ def test_signals_to_torchrun_end_all_ranks_at_one_step_with_a_checkpoint(request
                     (request.getfixturevalue('four'), 'chain'))
     why = [line for line in done.stdout.splitlines() if 'stopped after step' in line]
     assert len(why) == 1 and why[0].endswith(f': stopped after step {step}; the same command goes on from here')
-    assert done.stdout.count(f'saved run/step-{step:06d}') == 1 and train.damage(final(place / folder, step)) is None
+    assert done.stdout.count(f'saved run/step-{step:06d}') == 1 and checkpoint.damage(final(place / folder, step)) is None
     assert 'forcefully' not in done.stderr and done.seconds < 60
     assert json.loads((place / folder / 'ranks.json').read_text())      # all came to the end
 
@@ -379,4 +381,4 @@ def test_smol135_takes_a_step_on_two_ranks(place, tmp_path):
                '--batch_size=1', '--global_batch_size=2', '--max_steps=1', '--eval_steps=1']
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert train.damage(tmp_path / 'run/step-000001') is None
+    assert checkpoint.damage(tmp_path / 'run/step-000001') is None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import config, train
 from model import Config, Transformer
+from nanoseek import checkpoint
 from nanoseek.device import to_fp8
 from nanoseek.estimate import parameter_table
 from support import asset, hooks, train_here
@@ -494,7 +495,7 @@ def test_the_data_of_skipped_steps_have_been_drawn(mixed, tmp_path, call):
     last = copy / f'out/tiny/step-{STEPS:06d}/trainer'
     torch.save(torch.load(last / 'state.pt', weights_only=True) | {'skipped': 3}, last / 'state.pt')
     manifest = json.loads((last / 'manifest.json').read_text())
-    manifest['trainer/state.pt'] = train.checksum(last / 'state.pt')
+    manifest['trainer/state.pt'] = checkpoint.checksum(last / 'state.pt')
     (last / 'manifest.json').write_text(json.dumps(manifest))
     assert call(copy, 'train.py', *MIXED, f'--max_steps={STEPS + 1}').returncode == 0
     count = {name: metrics(copy)[-2][f'data/{name}/tokens'] // BLOCK for name in ('mine', 'more')}
@@ -660,7 +661,7 @@ def reshaped(content):
 
 
 @pytest.mark.parametrize('name, change, words', [
-    ('config.json', lambda b: b.replace(b'"hidden_size"', b'"size"'), 'config.json|hidden_size is missing'),
+    ('config.json', lambda b: b.replace(b'"hidden_size"', b'"size"'), 'the model wants'),
     ('config.json', lambda b: b[:-9], 'config.json|damaged'), ('config.json', lambda b: b'[]', 'config.json'),
     ('model.safetensors', lambda b: b[:-1000], 'model.safetensors|damaged'),
     ('model.safetensors', reshaped, 'model.norm.weight|(33,)|(32,)'),
@@ -684,14 +685,14 @@ def test_a_damaged_folder_is_one_line_and_nothing_of_it_is_executed(copy, call, 
 @pytest.mark.parametrize('version, write, words', [
     (1, lambda f: pickle.dump(Executed(), f, 2), 'state.pt cannot be read'),                # 1 had no checksums
     (1, lambda f: torch.save(Executed(), f), 'state.pt cannot be read'),
-    (1, lambda f: f.write(b'PK'), 'state.pt cannot be read'), (999, lambda f: None, 'version is 999|knows 2'),
+    (1, lambda f: f.write(b'PK'), 'state.pt cannot be read'), (999, lambda f: None, 'version is 999|2 the newest'),
     (2, lambda f: f.write(b'PK'), 'damaged|trainer/state.pt')], ids=['pickle', 'saved', 'cut', 'version', 'checksum'])
 def test_a_trainer_state_that_is_code_or_of_another_version_is_refused(copy, call, version, write, words):
     folder = copy / f'out/tiny/step-{STEPS:06d}'
     settings = json.loads((folder / 'trainer/settings.json').read_text())
     (folder / 'trainer/settings.json').write_text(json.dumps({**settings, 'version': version}))
     manifest = json.loads((folder / 'trainer/manifest.json').read_text())
-    manifest['trainer/settings.json'] = train.checksum(folder / 'trainer/settings.json')
+    manifest['trainer/settings.json'] = checkpoint.checksum(folder / 'trainer/settings.json')
     (folder / 'trainer/manifest.json').write_text(json.dumps(manifest))
     with open(folder / 'trainer/state.pt', 'wb') as f:
         write(f)
