@@ -27,7 +27,8 @@ class Log:
         self.tensorboard = None
         self.alone = False              # whether train.log alone has the lines
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.text = open(self.dir / 'train.log', 'a', encoding='utf-8')
+        self.text = open(self.dir / 'train.log', 'a', encoding='utf-8',
+                         errors='backslashreplace')
         self.bar = tqdm(initial=step, total=s.max_steps, file=sys.stdout, disable=None,
                         leave=False, unit='step')      # none where there is no terminal
         self.rewind(step)
