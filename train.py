@@ -161,8 +161,8 @@ class Progress:
 
 
 def model_config(given, folder, data):
-    """The Config that is asked for: the given settings, on top of those of the model in folder where
-    there is one; data may be None"""
+    """The Config that is asked for: the given settings, on top of those of the model in folder
+    where there is one; data may be None"""
     if folder:
         return hf.read_config(Config, folder, **given)
     if data is None:
@@ -217,8 +217,8 @@ def open_checked(s, dist):
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
-    """Mean next-token loss over a source's val split, or its first eval_steps micro-batches, in nats
-    per token. The same for any number of ranks: they take turns"""
+    """Mean next-token loss over a source's val split, or its first eval_steps micro-batches, in
+    nats per token. The same for any number of ranks: they take turns"""
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)
@@ -307,8 +307,8 @@ def reason_to_stop(s, caught):
 # --------------------------------------------------------------------------------- the run
 
 
-def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, save, writer,
-          found, caught, peak_flops):
+def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, save,
+          writer, found, caught, peak_flops):
     """The loop. amp: makes the context of a forward pass; forward: what is called in the model's
     place; save: hands a checkpoint to writer; found: the checkpoint that the run goes on from;
     caught: names of signals; peak_flops: FLOP/s of all devices together"""
@@ -466,8 +466,8 @@ def load(found, optimizer, scaler, device, dist):
 
 
 def last_good(s, dist, progress, log, found, first_step):
-    """-> the checkpoint to go back to. Ends the run where there is none, or where it went back often
-    enough"""
+    """-> the checkpoint to go back to. Ends the run where there is none, or where it went back
+    often enough"""
     back = None
     if progress.rollbacks < s.max_rollbacks:
         back = dist.first(partial(checkpoint.newest, s.out_dir, log.say))
@@ -498,8 +498,8 @@ def go_back(back, dist, device, model, optimizer, scaler, progress, log):
     new.rollbacks = progress.rollbacks + 1
     new.bad = 0
     log.rewind(new.step, keep_events=True)
-    log.say(f'{progress.bad} steps in a row were not finite: back to {back}, and on without the data '
-            f'that led here ({new.skipped} steps)')
+    log.say(f'{progress.bad} steps in a row were not finite: back to {back}, and on without the '
+            f'data that led here ({new.skipped} steps)')
     log.add(step=new.step + 1, event='rollback', checkpoint=str(back), skipped=new.skipped,
             rollbacks=new.rollbacks)
     return new

@@ -25,7 +25,7 @@ tags: [nanoseek]{base_model}
 
 
 def model_card(s, model, data, step, tokens, losses, world):
-    """s: settings; tokens: that were seen; losses: {name: number}; world: number of ranks -> text"""
+    """tokens: that were seen; losses: {name: number}; world: number of ranks -> text"""
     c = model.config
     table = parameter_table(model)
     kind = architecture_class(c)
@@ -53,7 +53,7 @@ def model_card(s, model, data, step, tokens, losses, world):
 
 
 def data_line(data):
-    """What the model was trained on: name and license of each source, with its share of a mixture"""
+    """What the model was trained on: each source's name, license, and share of a mixture"""
     parts = []
     for source, share in data.sources.values():
         about = source.meta['source']

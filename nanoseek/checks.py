@@ -32,9 +32,9 @@ def check_batch(s, world):
 def check_sizes(s, c, data):
     """Settings, the model's Config and the dataset"""
     if data.vocab_size > c.vocab_size:
-        raise ValueError(f'the vocabulary of dataset={s.dataset} has {data.vocab_size:,} tokens, the '
-                         f'model only vocab_size={c.vocab_size:,}: raise it, or set it to 0 to take '
-                         "the dataset's")
+        raise ValueError(f'the vocabulary of dataset={s.dataset} has {data.vocab_size:,} tokens, '
+                         f'the model only vocab_size={c.vocab_size:,}: raise it, or set it to 0 to '
+                         "take the dataset's")
     if s.block_size <= c.num_nextn_predict_layers:
         raise ValueError(f'block_size={s.block_size}: must be above the MTP depth, '
                          f'{c.num_nextn_predict_layers}')
@@ -68,6 +68,7 @@ def check_tokenizer(s, folder, data):
     for token, i in load_tokenizer(data.directory).get_vocab().items():
         if theirs.token_to_id(token) != i:
             raise ValueError(
-                f'dataset={s.dataset} was made with another tokenizer than init_from={s.init_from}, '
-                f'where {token!r} is not {i} but {theirs.token_to_id(token)}: run python prepare.py '
+                f'dataset={s.dataset} was made with another tokenizer than '
+                f'init_from={s.init_from}, where {token!r} is not {i} but '
+                f'{theirs.token_to_id(token)}: run python prepare.py '
                 f'{" and ".join(texts)} --tokenizer={s.init_from} --out_dir=data/NAME')
