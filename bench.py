@@ -13,16 +13,14 @@ import contextlib, functools, importlib.util, json, os, platform, re, shutil, st
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import config, prepare, train
-from model import ATTENTION, MLP, MTP, Config, Experts, MoE, Router, Transformer
+import config, train
+from model import ATTENTION, MLP, MTP, Config, Embedding, Experts, MoE, RMSNorm, Router, Transformer
 from nanoseek.device import check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device, to_fp8, wants_compile
 from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
 from nanoseek.optim import make_optimizer
@@ -90,7 +88,7 @@ def medians(jobs, rounds):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-ATTEND, EXPERTS, ROUTER, DENSE = 'attention', 'experts', 'router and dispatch', 'dense and shared MLP'
+ATTEND, EXPERTS, ROUTER, DENSE = 'attention', 'experts and dispatch', 'router', 'dense and shared MLP'
 REST, HEAD, OPTIMIZER, DATA = 'embedding, norms and rest', 'head and loss', 'optimizer', 'data'
 ORDER = ATTEND, EXPERTS, ROUTER, DENSE, REST, HEAD, OPTIMIZER, DATA
 
@@ -136,27 +134,46 @@ def dense(c):
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
-KINDS = {**dict.fromkeys(ATTENTION.values(), ATTEND), MLP: DENSE, nn.RMSNorm: REST, nn.Embedding: REST,
-         **dict.fromkeys((MoE, Router, Experts), ROUTER)}
+KINDS = {**dict.fromkeys(ATTENTION.values(), ATTEND), MLP: DENSE, RMSNorm: REST, Embedding: REST,
+         MoE: ROUTER, Router: ROUTER, Experts: EXPERTS}
+
 
 class Parts:
-    """Where the time of a training step goes: a mark begins a part, which lasts until the next mark. Forward, modules
-    set one when they begin and when they end; backward, their outputs set one when the gradient arrives there, as
-    autograd goes back in the opposite order. Within Experts, time is that of the experts from the first permutation
-    on, and of the dispatch in permutations and before. On a GPU a mark is an event, nothing waits for it."""
+    """Where the time of a training step goes: a mark begins a part, which lasts until the next mark.
+    Forward, modules set one when they begin and when they end; backward, their outputs set one when
+    the gradient arrives there, as autograd goes back in the opposite order. What follows the final
+    norm, and that of an MTP layer, is head and loss. On a GPU a mark is an event, nothing waits."""
+
     def __init__(self, model, device):
-        self.model, self.device, self.marks = model, device, []
+        self.model = model
+        self.device = device
+        self.marks = []
 
     def watch(self):
         """-> handles of hooks on the modules that begin a part"""
-        part, hooks = {'': REST}, []
-        for name, m in self.model.named_modules():
+        part = {'': REST}
+        hooks = []
+        for name, module in self.model.named_modules():
             outer = part[name.rpartition('.')[0]]
-            part[name] = own = outer if outer == ATTEND else KINDS.get(type(m), outer)  # with its norms
-            if type(m) in KINDS:
-                hooks += [m.register_forward_pre_hook(lambda m, x, own=own: self.mark(own)),
-                          m.register_forward_hook(lambda m, x, y, own=own, outer=outer: self.leave(y, own, outer))]
+            own = KINDS.get(type(module), outer)
+            if outer == ATTEND:                             # with its norms
+                own = ATTEND
+            part[name] = own
+            after = outer
+            if name == 'model.norm' or name.endswith('shared_head.norm'):
+                after = HEAD
+            if type(module) in KINDS:
+                hooks += self.hooks(module, own, after)
         return hooks
+
+    def hooks(self, module, own, after):
+        def begin(module, inputs):
+            self.mark(own)
+
+        def end(module, inputs, outputs):
+            self.leave(outputs, own, after)
+
+        return module.register_forward_pre_hook(begin), module.register_forward_hook(end)
 
     def mark(self, part):
         now = time.perf_counter()
@@ -165,33 +182,30 @@ class Parts:
             now.record()
         self.marks.append((part, now))
 
-    def leave(self, out, part, after):
-        for t in out if isinstance(out, tuple) else (out,):
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                t.register_hook(lambda grad: self.mark(part))
+    def leave(self, outputs, part, after):
+        if isinstance(outputs, torch.Tensor):
+            outputs = (outputs,)
+        for tensor in outputs:
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda grad: self.mark(part))
         self.mark(after)
-
-    def marked(self, f, part, after):
-        def call(*args):
-            self.mark(part)
-            self.leave(out := f(*args), part, after)
-            return out
-        return call
 
     def times(self, step):
         """-> {part: seconds} of a step"""
-        self.marks, own, hooks = [], sys.modules[Transformer.__module__], self.watch()
-        with patch.object(own, 'cross_entropy', self.marked(own.cross_entropy, HEAD, REST)), \
-                patch.object(own, 'Permute', SimpleNamespace(apply=self.marked(own.Permute.apply, ROUTER, EXPERTS))), \
-                patch.object(own, 'grouped_linear', self.marked(own.grouped_linear, EXPERTS, EXPERTS)):
-            step()
+        self.marks = []
+        hooks = self.watch()
+        step()
         for hook in hooks:
             hook.remove()
         found = {}
         for (part, began), (_, ended) in zip(self.marks, self.marks[1:]):
-            spent = began.elapsed_time(ended) / 1e3 if self.device.type == 'cuda' else ended - began
+            if self.device.type == 'cuda':
+                spent = began.elapsed_time(ended) / 1e3
+            else:
+                spent = ended - began
             found[part] = found.get(part, 0.0) + spent
         return found
+
 
 def parts_of_step(s, t, model, device, dtype):
     """-> {part: seconds} of a step by the config's optimizer, without torch.compile; seconds of such a step without
@@ -217,12 +231,12 @@ def step_memory(t, c):
     """Prints the bytes that three training steps need at most, without Python and torch: what a tiny model's need"""
     device, dtype = pick_device(t)
     tiny = Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, n_routed_experts=4, num_experts_per_tok=2)
-    for config, settings in ((tiny, replace(t, batch_size=2, block_size=64)), (c, t)):
-        before = 0 if device.type == 'cuda' or config is tiny else peak_bytes(device)
-        model = Transformer(config).to(device).train()
+    for model_config, settings in ((tiny, replace(t, batch_size=2, block_size=64)), (c, t)):
+        before = 0 if device.type == 'cuda' or model_config is tiny else peak_bytes(device)
+        model = Transformer(model_config).to(device).train()
         loss, optimizer = (lambda x, y: model(x, y)[1]), make_optimizer(t, model, dtype)
         model.gradient_checkpointing = t.gradient_checkpointing
-        step = trainer(model, loss, config.vocab_size, settings, device, dtype, optimizer)
+        step = trainer(model, loss, model_config.vocab_size, settings, device, dtype, optimizer)
         for _ in range(3):
             step()
     print(peak_bytes(device) - before)
@@ -553,6 +567,6 @@ def main(s, t, given):
             shutil.rmtree(folder)
 
 if __name__ == '__main__':
-    with config.user_errors():
+    with config.user_errors(needs_stdout=True):
         own, training, model_settings = config.load(Settings, train.Settings, Config, usage=__doc__)
         main(Settings(**own), train.Settings(**training), model_settings)

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 import config
 from model import Config, Transformer
 from nanoseek import folders, hf
+from nanoseek.checkpoint import of_run
 from nanoseek.estimate import parameter_table
 from nanoseek.tokens import open_data
 from nanoseek.tokenizer import encode, load_tokenizer
@@ -152,7 +153,7 @@ def texts(s, folder):
 
 def plan(s):
     """Everything that a user's mistake can stop -> the model's folder, and texts(s)"""
-    folder = folders.hub_folder(s.model, folders.MODEL_FILES)
+    folder = folders.hub_folder(of_run(s.model), folders.MODEL_FILES)
     check(s, hf.read_config(Config, folder))
     return folder, *texts(s, folder)
 

@@ -4,7 +4,7 @@
     python prepare.py mybook.txt --tokenizer=bpe:1024   # a text -> data/mybook/
     python prepare.py corpus/                           # documents: .txt .md .jsonl[.gz|.zst] .json
                                                         # .csv .tsv .parquet; -: stdin
-    python prepare.py cosmopedia --tokens=1e9           # the Hugging Face Hub, any dataset by its id
+    python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub, by its id
     python prepare.py --inspect=data/mybook             # shows what is in there
 
 writes data/NAME/{train,val,test}.bin (token ids, little-endian), tokenizer.json (Hugging Face's
@@ -16,11 +16,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
-import zlib
 from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,14 +29,16 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from nanoseek import files, packing, signals, sources
+from nanoseek import files, signals, sources
+from nanoseek.inspection import inspect
 from nanoseek.sources import HUB, LongText, open_source, source_name
 from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, PIECE, Encoder, char_tokenizer, cut,
-                                decode, gpt2_tokenizer, load_tokenizer, other_tokenizer,
+                                gpt2_tokenizer, load_tokenizer, other_tokenizer,
                                 parse_tokenizer, train_bpe)
-from nanoseek.tokenizer import encode  # noqa: F401  # scripts import it from here
-from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData, file_name, open_split
+from nanoseek.tokenizer import decode, encode  # noqa: F401  # scripts import them from here
+from nanoseek.tokens import SPLITS, VERSION, TokenData
 from nanoseek.workers import Workers
+from nanoseek.writing import Progress, move, pack
 
 SMOLLM2 = 'HuggingFaceTB/SmolLM2-135M'
 BATCH = 1 << 20             # characters that are encoded at a time
@@ -49,26 +49,26 @@ SAVE_SECONDS = 5.0          # between two notes of how far a preparation has com
 @dataclass
 class Settings:
     """Settings of prepare.py"""
-    source: str = ''        # what to prepare, also without its name: a known corpus, file, folder, - or Hub dataset
-    tokenizer: str = ''     # char, bpe:N (trained here, N tokens), gpt2, gpt2+code, Hub id, folder or tokenizer.json; if empty: char for a text, bpe:8192 for documents, SmolLM2's for known ones of the Hub
-    path: str = ''          # take a known corpus from this local file or folder
-    out_dir: str = ''       # where to write; if empty data/NAME
-    text_field: str = ''    # where documents have their text; if empty: text, or what a known corpus has
-    subset: str = ''        # of a Hub dataset (its "config")
-    split: str = ''         # of a Hub dataset; if empty: train
-    format: str = 'txt'     # what stdin is: txt, jsonl, json, csv, tsv
-    tokens: int | None = None           # stop after the document that makes it so many; none: take all
-    val_frac: float | None = None       # share of the documents for validation; none: 0.005, of a single text 0.05
+    source: str = ''            # a known corpus, file, folder, - or Hub id; also without the name
+    tokenizer: str = ''         # char, bpe:N (trained here), gpt2, gpt2+code, Hub id, folder, file
+    path: str = ''              # take a known corpus from this local file or folder
+    out_dir: str = ''           # where to write; if empty data/NAME
+    text_field: str = ''        # where documents have their text; if empty 'text'
+    subset: str = ''            # of a Hub dataset (its "config")
+    split: str = ''             # of a Hub dataset; if empty train
+    format: str = 'txt'         # what stdin is: txt, jsonl, json, csv, tsv
+    tokens: int | None = None   # stop after the document that makes it so many; none: take all
+    val_frac: float | None = None       # share of the documents for validation; none: 0.005
     test_frac: float | None = None      # share for testing; none: as much
     end_of_text: bool = True            # end every document with the end-of-text token
-    special_in_text: bool = False       # where a text spells a special token, it is that token and not its letters
-    deduplicate: bool = False           # leave out documents that have come before, byte for byte
-    pack: int = 0                       # rows of so many tokens for training, each from a document's start; 0: a stream
-    bad_documents: Literal['stop', 'skip', 'replace'] = 'stop'  # malformed, not UTF-8, no text; replace: bad bytes by U+FFFD, the rest is skipped
+    special_in_text: bool = False       # a special token that a text spells is that token
+    deduplicate: bool = False           # leave out what has come before, byte for byte
+    pack: int = 0                       # rows of so many tokens, from documents' starts; 0: none
+    bad_documents: Literal['stop', 'skip', 'replace'] = 'stop'  # for bytes that are no UTF-8: U+FFFD
     shard_tokens: int = 100_000_000     # tokens of a file
     workers: int = 0                    # processes; 0: one per core
-    resume: Literal['auto', 'never'] = 'auto'  # auto: go on where the same command was interrupted; never: start over
-    inspect: str = ''       # show what is in this folder instead
+    resume: Literal['auto', 'never'] = 'auto'   # auto: where it was interrupted
+    inspect: str = ''                   # show what is in this folder instead
 
     def __post_init__(self):
         val, test = self.shares((0.1, 0.1))
@@ -602,81 +602,14 @@ def show(bar, s, source, progress):
     bar.set_postfix_str(f'{tokens / 1e6:,.1f}M tokens, {rate:,.0f} a second', False)
 
 
-# ---------------------------------------- ids -> files: in data/NAME/.partial until all is there
-
-class Progress:
-    """Token files that grow, and progress.json with state, which says how much of them counts."""
-
-    def __init__(self, folder, state, dtype, shard_tokens):
-        self.folder = folder
-        self.state = state
-        self.dtype = np.dtype(DTYPES[dtype])
-        self.shard = shard_tokens
-        self.touched = set()
-        self.hashes = []
-        self.kept = state['seen']
-        self.began = time.time()
-        self.first = self.tokens()
-
-    def go_on(self):
-        """Cuts the files to what counts -> hashes of the documents until then. OSError where
-        there is less"""
-        sizes = {'seen.bin': 8 * self.state['seen']}
-        for split, of_split in self.state['splits'].items():
-            for shard in range(len(of_split['crc'])):
-                tokens = min(of_split['tokens'] - shard * self.shard, self.shard)
-                sizes[file_name(split, shard)] = tokens * self.dtype.itemsize
-        for file in self.folder.glob('*.bin'):
-            if file.name not in sizes:
-                file.unlink()
-        for name, size in sizes.items():
-            with open(self.folder / name, 'ab') as f:
-                if f.tell() < size:
-                    raise OSError(f'{name} has {f.tell()} bytes, not {size}')
-                f.truncate(size)
-        return np.fromfile(self.folder / 'seen.bin', np.uint64)
-
-    def append(self, split, ids, size, documents):
-        """ids (n,) of so many documents, whose text has size bytes"""
-        of_split = self.state['splits'].setdefault(
-            split, {'tokens': 0, 'bytes': 0, 'documents': 0, 'crc': []})
-        while len(ids):
-            shard, used = divmod(of_split['tokens'], self.shard)
-            part = ids[:self.shard - used].astype(self.dtype).tobytes()
-            ids = ids[self.shard - used:]
-            file = self.folder / file_name(split, shard)
-            with open(file, 'ab') as f:
-                f.write(part)
-            self.touched.add(file)
-            if shard == len(of_split['crc']):
-                of_split['crc'].append(0)
-            of_split['crc'][shard] = zlib.crc32(part, of_split['crc'][shard])
-            of_split['tokens'] += len(part) // self.dtype.itemsize
-        of_split['bytes'] += size
-        of_split['documents'] += documents
-
-    def save(self):
-        count = self.state['seen'] - self.kept
-        seen = self.folder / 'seen.bin'
-        with open(seen, 'ab') as f:
-            f.write(np.array(self.hashes[:count], np.uint64).tobytes())
-        del self.hashes[:count]                 # the same list, to which documents() appends
-        self.kept = self.state['seen']
-        for file in (*self.touched, seen):
-            files.sync(file)
-        self.touched = set()
-        files.write_file(self.folder / 'progress.json', json.dumps(self.state).encode())
-
-    def tokens(self):
-        return sum(of_split['tokens'] for of_split in self.state['splits'].values())
-
-
 def finish(s, source, meta, progress, out):
     """meta.json, and all files to their places"""
     state = progress.state
     work = progress.folder
     if s.pack:
-        progress = pack(progress, meta['eot_id'], s.pack + 1, load_tokenizer(work))
+        progress, lost = pack(progress, meta['eot_id'], s.pack + 1, load_tokenizer(work))
+        for split, share in lost.items():
+            print(f'{split}: rows of {s.pack:,} tokens; {share:.1%} of all tokens did not fit')
     splits = progress.state['splits']
     for split in ('train', 'val'):
         if not splits.get(split, {}).get('tokens'):
@@ -722,120 +655,15 @@ def too_little(s, split, lowest):
     return f'val got no document: take more, or {way}, the least that has one'
 
 
-def move(folder, out):
-    """A complete preparation to its place; can be interrupted and repeated. meta.json goes
-    first, and comes last"""
-    meta = json.loads((folder / 'meta.json').read_bytes())
-    names = set()
-    for split, sums in meta['crc32'].items():
-        for shard in range(len(sums)):
-            names.add(file_name(split, shard))
-    (out / 'meta.json').unlink(missing_ok=True)
-    for file in out.glob('*.bin'):
-        ours = re.fullmatch(rf'({"|".join(SPLITS)})(-\d+)?\.bin', file.name)
-        if ours and file.name not in names:
-            file.unlink()
-    for name in (*names, 'tokenizer.json', 'meta.json'):
-        if (folder / name).exists():
-            os.replace(folder / name, out / name)
-
-
-def pack(progress, eot, row, tokenizer):
-    """Token files with documents one behind the other -> others with rows of so many tokens"""
-    folder = progress.folder / 'packed'
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    rows = Progress(folder, {'splits': {}, 'seen': 0}, progress.dtype.name, progress.shard)
-    for split, of_split in progress.state['splits'].items():
-        lost = {'tokens': 0, 'bytes': 0, 'documents': 0}
-
-        def lose(ids, whole):
-            text = decode(tokenizer, ids[ids != eot])
-            lost['tokens'] += len(ids)
-            lost['bytes'] += len(text.encode('utf-8', 'replace'))
-            lost['documents'] += whole
-
-        tokens = open_split(progress.folder, split, of_split['tokens'], progress.dtype,
-                            progress.shard)
-        for block in packing.best_fit(packing.split_at(tokens, eot), row, lose):
-            rows.append(split, block, 0, 0)
-        rows.append(split, np.zeros(0), of_split['bytes'] - lost['bytes'],
-                    of_split['documents'] - lost['documents'])
-        share = lost['tokens'] / of_split['tokens']
-        print(f'{split}: rows of {row - 1:,} tokens; {share:.1%} of all tokens did not fit')
-    return rows
-
-
-# ------------------------------------------------------------------------------ looking at it
-
-def inspect(folder, top=20, samples=3):
-    """Prints what is in a folder that prepare wrote, and reads all of it. ValueError where
-    something is wrong"""
-    data = TokenData(folder)
-    tokenizer = load_tokenizer(folder)
-    about = {**data.meta['source'], 'tokenizer': data.meta['tokenizer']['name'],
-             'vocabulary': f'{data.vocab_size:,}', 'ids': data.meta['dtype']}
-    for name, value in about.items():
-        print(f'{name:12} {value}')
-    data.check(checksums=True)
-    counts = np.zeros(data.vocab_size, np.int64)
-    for split, ids in data.splits.items():
-        lengths = document_lengths(data, ids, counts)
-        size = data.meta['splits'][split]['bytes']
-        print(f'\n{split}: {len(ids):,} tokens, {size:,} bytes of text, {size / len(ids):.3f} '
-              'bytes per token')
-        if len(lengths):
-            show_lengths(lengths)
-    order = np.argsort(-counts, kind='stable')[:top]
-    print(f'\n{(counts > 0).sum():,} of {data.vocab_size:,} tokens occur; the most frequent:')
-    for i in order:
-        if counts[i]:
-            print(f'{counts[i] / counts.sum():7.2%} {i:7} {decode(tokenizer, [i])!r}')
-    rng = np.random.default_rng(0)
-    ids = data.splits['train']
-    for at in rng.integers(0, max(len(ids) - 100, 1), samples):
-        print(f'\n--- train, 100 tokens from {at:,}\n{decode(tokenizer, ids[at:at + 100])}')
-    checked = 'sizes, ids'
-    if 'crc32' in data.meta:
-        checked += ', checksums'
-    print(f'\nchecks: {checked} and the tokenizer are right')
-
-
-def document_lengths(data, ids, counts, size=1 << 22):
-    """ids (N,) of a split -> the lengths of its documents; adds to the counts of all ids (V,)"""
-    lengths = []
-    begun = 0
-    for start in range(0, len(ids), size):
-        block = np.asarray(ids[start:start + size])
-        counts += np.bincount(block, minlength=data.vocab_size)
-        ends = np.zeros(len(block), bool)
-        if data.meta.get('end_of_text'):
-            ends = block == data.eot_id
-        if data.row:                            # what is cut off at a row's end ends there, too
-            ends |= np.arange(start + 1, start + len(block) + 1) % (data.row + 1) == 0
-        ends = np.flatnonzero(ends) + start + 1
-        lengths.append(np.diff(ends, prepend=begun))
-        if len(ends):
-            begun = ends[-1]
-    return np.concatenate(lengths)
-
-
-def show_lengths(lengths):
-    print(f'{len(lengths):,} documents of {lengths.min():,} to {lengths.max():,} tokens, end of '
-          f'text included; median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}')
-    bins = np.bincount(np.log2(lengths).astype(int))
-    for n in range(np.flatnonzero(bins)[0], len(bins)):
-        bar = '#' * math.ceil(50 * bins[n] / bins.max())
-        print(f'{2**n:12,} to {2**(n + 1) - 1:<12,} {bins[n]:12,} {bar}')
-
-
 if __name__ == '__main__':
     with config.user_errors():
         given, = config.load(Settings, positional='source', usage=__doc__)
         settings = Settings(**given)
         try:
             if settings.inspect:
-                inspect(settings.inspect)
+                with config.user_errors(needs_stdout=True):
+                    for line in inspect(settings.inspect):
+                        print(line)
             else:
                 prepare(settings)
         except KeyboardInterrupt:

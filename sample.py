@@ -31,6 +31,9 @@ from nanoseek.device import pick_device  # noqa: E402
 from nanoseek.tokenizer import decode, encode, load_tokenizer  # noqa: E402
 
 
+Choice = Literal['auto', True, False]
+
+
 @dataclass
 class Settings:
     """Settings of sample.py"""
@@ -43,11 +46,11 @@ class Settings:
     top_p: float | None = None      # only among the likeliest that make up this much; none: all
     stop: str | None = None         # a token to stop at; none: those of the model, where it has any
     chat: bool = False              # put the prompt into the model's chat template, show the answer
-    special_in_prompt: Literal['auto', True, False] = 'auto'  # '<|im_end|>' is that token, not its letters; auto: as the model's tokenizer has it
+    special_in_prompt: Choice = 'auto'  # '<|im_end|>' in it is that token; auto: as in the data
     seed: int = 1337                # of the choices
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
-    compile: bool = False           # torch.compile: takes up to a minute, then up to 3 times as fast
+    compile: bool = False           # torch.compile: a minute first, then up to 3 times as fast
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -78,11 +81,13 @@ def find_checkpoint(name):
 def read_prompt(prompt):
     """The setting prompt -> the text that it means"""
     if prompt == '-':
+        if sys.stdin is None:
+            raise ValueError('prompt=-: stdin is closed')
         data = sys.stdin.buffer.read()
     elif prompt.startswith('@'):
         data = Path(prompt[1:]).read_bytes()
     else:
-        data = os.fsencode(prompt)              # where the locale is not UTF-8, it may be
+        return prompt
     try:
         return data.decode('utf-8')
     except UnicodeDecodeError as e:
@@ -104,7 +109,10 @@ def encode_prompt(s, folder, tokenizer):
 def stop_ids(s, folder, model, tokenizer):
     """-> the ids at which a text ends"""
     if s.stop is None:
-        return folders.stop_ids(folder, model.config)
+        found = folders.stop_ids(folder, model.config)
+        if s.chat:
+            found = found + chat.end_of_answer(folder, tokenizer)
+        return found
     stop = tokenizer.token_to_id(s.stop)
     if stop is None:
         raise ValueError(f"stop={s.stop!r} is not one token of this model's vocabulary")
@@ -158,6 +166,9 @@ def main(s):
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, one less '
                          'than the context')
+    if max(ids) >= model.config.vocab_size:
+        raise ValueError(f'{folder}: tokenizer.json is of another model: it has an id {max(ids):,} '
+                         f'in this prompt, the model a vocabulary of {model.config.vocab_size:,}')
     stop = stop_ids(s, folder, model, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{s.checkpoint or folder}: {parameters:,} parameters', file=sys.stderr)
@@ -184,12 +195,28 @@ def main(s):
     print(f'{count / seconds:.0f} tokens/s', file=sys.stderr)
 
 
+def in_words(error):
+    """What torch raises where the machine or the model is at fault -> a line for the user. None
+    for what may be a bug"""
+    text = str(error)
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if memory or 'tried to allocate' in text:
+        return ('out of memory: take a shorter prompt, fewer --max_new_tokens, or '
+                '--dtype=bfloat16, which halves the weights and the cache')
+    if 'probability tensor' in text or 'device-side assert' in text:
+        return ("the model's output is not finite: its weights are damaged, or have no place in "
+                'this dtype (--dtype=float32 has the widest range)')
+    return None
+
+
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))      # quiet, also while torch compiles
-    with config.user_errors():
+    with config.user_errors(needs_stdout=True):
         settings, = config.load(Settings, usage=__doc__)
         try:
             main(Settings(**settings))
-        except torch.OutOfMemoryError as e:
-            reason = str(e).splitlines()[0]
-            raise ValueError(f'{reason} Take fewer tokens, or --dtype=bfloat16') from e
+        except (MemoryError, RuntimeError) as e:
+            reason = in_words(e)
+            if reason is None:
+                raise
+            raise ValueError(reason) from e

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -17,34 +18,95 @@ import typing
 from pathlib import Path
 
 
-@contextlib.contextmanager
-def user_errors():
-    """What a script runs in. A user's mistake (ValueError, OSError) ends in one line on stderr and
-    exit status 2, a bug in its traceback. A letter that the terminal does not have is printed as
-    its escape, and a pipe that is closed, as by head, ends the script without a word."""
-    for stream in (sys.stdout, sys.stderr):
+class OutputLost(Exception):
+    """What a script prints cannot be written, and is what the script is for"""
+
+
+class Output:
+    """A terminal, a file or a pipe to print to, in place of sys.stdout or sys.stderr. A letter
+    that its encoding lacks is printed as its escape. When it cannot be written any more (a full
+    disk, a closed pipe, a terminal that is gone), problem is the error and what is printed from
+    then on is dropped: a print must not end a run. Where it is needed, OutputLost is raised"""
+
+    def __init__(self, stream):
+        self.needed = False
+        self.problem = None
+        if stream is None:              # closed when Python started
+            self.problem = OSError(errno.EBADF, 'closed from the start')
+            stream = open(os.devnull, 'w', encoding='utf-8')
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        abandon_stdout()
-        sys.exit(1)
-    except (ValueError, OSError) as e:
-        abandon_stdout()
-        line = ' '.join(str(e).split())
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError as e:
+            self.lose(e)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self.lose(e)
+
+    def lose(self, problem):
+        self.problem = problem
+        # What is left in buffers, Python's and other libraries', goes nowhere and raises nothing
         with contextlib.suppress(OSError):
-            print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
-        sys.exit(2)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+        if self.needed:
+            raise OutputLost(problem) from problem
 
 
-def abandon_stdout():
-    """What could not be written is given up, or Python would try it again when it ends."""
+def guard_output():
+    """From now on no print can end the process."""
+    if not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout)
+    if not isinstance(sys.stderr, Output):
+        sys.stderr = Output(sys.stderr)
+
+
+@contextlib.contextmanager
+def user_errors(needs_stdout=False):
+    """What a script runs in. A user's mistake (ValueError, OSError) ends in one line on stderr and
+    exit status 2, a bug in its traceback. needs_stdout: what is printed is what the script is for.
+    If it cannot be written that is such a mistake, or ends the script without a word where the
+    reader has seen enough, as head."""
+    guard_output()
+    stdout = sys.stdout
+    before = stdout.needed
+    stdout.needed = needs_stdout
     try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, 'w', encoding='utf-8')
+        if needs_stdout and stdout.problem:
+            raise OutputLost(stdout.problem)
+        yield
+        stdout.flush()
+    except OutputLost:
+        if is_closed_pipe(stdout.problem):
+            sys.exit(141)               # as a shell has it for what SIGPIPE ends
+        give_up(f'stdout cannot be written: {stdout.problem.strerror}')
+    except (ValueError, OSError) as e:
+        give_up(e)
+    finally:
+        stdout.needed = before
+
+
+def give_up(problem):
+    line = ' '.join(str(problem).split())
+    print(f'{Path(sys.argv[0]).name}: {line}', file=sys.stderr)
+    sys.exit(2)
+
+
+def is_closed_pipe(problem):
+    on_windows = os.name == 'nt' and problem.errno == errno.EINVAL
+    return isinstance(problem, BrokenPipeError) or on_windows
 
 
 def load(*classes, argv=None, positional='', usage=''):
@@ -53,8 +115,10 @@ def load(*classes, argv=None, positional='', usage=''):
     if argv is None:
         argv = sys.argv[1:]
     if '--help' in argv or '-h' in argv:
-        print(usage.strip(), *map(describe, classes), sep='\n\n')
+        with user_errors(needs_stdout=True):
+            print(usage.strip(), *map(describe, classes), sep='\n\n')
         sys.exit(0)
+    check_text(argv)
     hints = {}
     for cls in classes:
         hints.update(typing.get_type_hints(cls))
@@ -79,6 +143,19 @@ def load(*classes, argv=None, positional='', usage=''):
         names = [field.name for field in dataclasses.fields(cls)]
         found.append({name: given[name] for name in names if name in given})
     return found
+
+
+def check_text(argv):
+    """ValueError where an argument is bytes that Python could not read as text (it keeps them as
+    surrogates, which no file in UTF-8 can hold)"""
+    for arg in argv:
+        if any('\ud800' <= letter <= '\udfff' for letter in arg):
+            encoding = sys.getfilesystemencoding()
+            if encoding.lower() == 'utf-8':
+                raise ValueError(f'argument {arg!r} is not UTF-8 text: rename the file, or take '
+                                 'another name')
+            raise ValueError(f'argument {arg!r} has letters that the locale here, {encoding}, '
+                             'does not know: run it with PYTHONUTF8=1 in the environment')
 
 
 def option(arg, rest, hints):

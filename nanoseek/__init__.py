@@ -1,1 +1,1 @@
-"""What the scripts share: each file has one noun, and nothing here reads a command line or prints by itself."""
+"""What the scripts share: each file has one noun. Nothing here reads a command line or prints."""

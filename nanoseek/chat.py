@@ -26,27 +26,56 @@ def tokenizer_config(directory):
     return {}
 
 
-def render(directory, messages):
+def render(directory, messages, add_generation_prompt=True):
     """messages [{'role': ..., 'content': ...}] -> the text of a conversation, up to where the
     model answers. ValueError where there is no template, or it does not take them"""
-    import jinja2
+    template = find_template(directory)
+    if not isinstance(template, str):
+        raise ValueError(f'{directory} has no chat template: the model was not made for chats, '
+                         'give a prompt without --chat')
+    try:
+        return environment().from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None,
+            documents=None, **special_tokens(directory))
+    except Exception as e:                          # whatever a template does
+        raise ValueError(f'the chat template of {directory} does not take this prompt: '
+                         f'{type(e).__name__}: {e}') from e
+
+
+def end_of_answer(directory, tokenizer):
+    """-> [the id of the special token that the template puts behind an answer], or []"""
+    messages = [{'role': 'user', 'content': 'question'}, {'role': 'assistant', 'content': 'answer'}]
+    try:
+        text = render(directory, messages, add_generation_prompt=False)
+    except ValueError:                              # no template for what has been answered
+        return []
+    behind = text.rpartition('answer')[2]
+    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    for i in tokenizer.encode(behind, add_special_tokens=False).ids:
+        if i in special:
+            return [i]
+    return []
+
+
+def environment():
+    """Where templates run, which come from strangers: with no access to Python"""
     import jinja2.ext
     import jinja2.sandbox
-    template = find_template(directory)
-    if template is None:
-        raise ValueError(f'{directory} has no chat template: the model was not made for chats')
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.filters['tojson'] = to_json
-    environment.globals['raise_exception'] = refuse
-    environment.globals['strftime_now'] = now
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None,
-            **special_tokens(directory))
-    except jinja2.TemplateError as e:
-        raise ValueError(f'the chat template of {directory} does not take this prompt: '
-                         f'{e}') from e
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %} marks answers for training: only its body"""
+        tags = {'generation'}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(['name:endgeneration'], drop_needle=True)
+
+    found = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    found.filters['tojson'] = to_json
+    found.globals['raise_exception'] = refuse
+    found.globals['strftime_now'] = now
+    return found
 
 
 def special_tokens(directory):

@@ -210,7 +210,7 @@ def write(final, model, weights, state, settings, card, tokenizer, companions, k
     try:
         model.save_pretrained(tmp, state=weights)
         folders.write_companions(tmp, tokenizer, model.config, companions, special_in_text)
-        (tmp / 'README.md').write_text(card, encoding='utf-8')
+        (tmp / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
         (tmp / 'trainer').mkdir()
         folders.write_json(tmp / 'trainer' / 'settings.json', settings)
         save_state(tmp / 'trainer' / 'state.pt', state)

@@ -28,7 +28,8 @@ def pick_device(s, own=None):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
-        raise ValueError(f'device={s.device}: not usable here ({reason}); --device={best} is') from e
+        raise ValueError(f'device={s.device}: not usable here ({reason}); --device={best} '
+                         'is') from e
     if s.dtype == 'auto':
         return device, fast_dtype(device)
     return device, getattr(torch, s.dtype)

@@ -134,7 +134,8 @@ def memory_estimate(model_class, c, s, dtype, device_type):
 def advice(model_class, c, s, dtype, device):
     """What a step needs, what the device has, and settings that would need less"""
     def megabytes(**changes):
-        return sum(memory_estimate(model_class, c, replace(s, **changes), dtype, device.type)) / 2**20
+        changed = replace(s, **changes)
+        return sum(memory_estimate(model_class, c, changed, dtype, device.type)) / 2**20
 
     def smaller(name, least):
         """The largest half, quarter... of a setting that is enough; else the smallest there is"""

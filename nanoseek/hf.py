@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from nanoseek.folders import read_json, write_json
 from nanoseek.unmapped import UnmappedSafetensors
 
-log = logging.getLogger(__name__)       # a warning is a line on stderr, unless a script asks for more
+log = logging.getLogger(__name__)               # a warning is a line on stderr
 
 # ------------------------------------------------------------------------------ config.json
 

@@ -2,13 +2,16 @@
 import json
 import math
 import os
+import platform
 import statistics
+import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from nanoseek.device import peak_memory
 
 # --------------------------------------------------------------------------- log
 
@@ -22,8 +25,10 @@ class Log:
         self.metrics = None
         self.wandb = None
         self.tensorboard = None
+        self.alone = False              # whether train.log alone has the lines
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.text = open(self.dir / 'train.log', 'a', encoding='utf-8')
+        self.text = open(self.dir / 'train.log', 'a', encoding='utf-8',
+                         errors='backslashreplace')
         self.bar = tqdm(initial=step, total=s.max_steps, file=sys.stdout, disable=None,
                         leave=False, unit='step')      # none where there is no terminal
         self.rewind(step)
@@ -38,11 +43,22 @@ class Log:
 
     def say(self, line):
         """A line for the terminal, above its progress bar, and for train.log"""
-        with suppress(OSError):         # a terminal that is gone does not end a run
+        problem = self.show(line)
+        self.text.write(line + '\n')
+        if problem and not self.alone:
+            self.alone = True
+            self.text.write(f'stdout cannot be written ({problem.strerror}): the run goes on, '
+                            'its lines are in this file alone\n')
+        self.text.flush()
+
+    def show(self, line):
+        """Prints a line -> what is wrong with stdout, or None. It must not end a run"""
+        try:
             self.bar.write(line, file=sys.stdout)
             sys.stdout.flush()
-        self.text.write(line + '\n')
-        self.text.flush()
+        except OSError as e:
+            return e
+        return getattr(sys.stdout, 'problem', None)     # of the scripts' own, which raises none
 
     def add(self, **values):
         """A line of metrics.jsonl, with step; what is not finite becomes null"""
@@ -118,6 +134,24 @@ class Silence:
         pass
 
 
+def versions():
+    """What settings.json says besides the settings"""
+    try:
+        git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
+                             text=True, capture_output=True)
+        commit = git.stdout.strip()
+    except OSError:         # no git here
+        commit = None
+    return {
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'git': commit,
+        'machine': platform.machine(),
+        'cpus': os.cpu_count(),
+        'command': ' '.join(sys.argv),
+    }
+
+
 # ---------------------------------------------------------------------- progress
 
 
@@ -128,12 +162,13 @@ def clock(seconds):
     return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def progress_line(entry, max_steps, seconds_left):
-    """entry: a step's line of metrics.jsonl; seconds_left: None while nobody can know -> the line
-    for people"""
-    eta = '-:--:--'
-    if seconds_left is not None:
-        eta = clock(seconds_left)
+def progress_line(entry, max_steps, is_first):
+    """entry: a step's line of metrics.jsonl -> the line for people. Of the first step of a process
+    nobody can tell how long the others will take: its time is also that of compiling"""
+    seconds_left = (max_steps - entry['step']) * entry['step_ms'] / 1e3
+    eta = clock(seconds_left)
+    if is_first and seconds_left > 0:
+        eta = '-:--:--'
     parts = [
         f'step {entry["step"]:6d}/{max_steps}',
         f'loss {entry["loss"]:.4f}',
@@ -148,6 +183,50 @@ def progress_line(entry, max_steps, seconds_left):
         parts.append(f'load {entry["moe/load_min"]:.2f}-{entry["moe/load_max"]:.2f}')
     parts.append(f'eta {eta}')
     return ' | '.join(parts)
+
+
+def validation_line(step, found):
+    """found: what train.validate returned"""
+    parts = [
+        f'step {step:6d}',
+        f'validation loss {found["val_loss"]:.4f}',
+        f'{found["val_bpb"]:.4f} bits per byte',
+    ]
+    for name, value in found.items():
+        if name.startswith('val_loss/'):        # of a mixture's sources
+            parts.append(f'{name.removeprefix("val_loss/")} {value:.4f}')
+    return ' | '.join(parts)
+
+
+def loss_entry(losses):
+    """{name: loss}, with main -> what metrics.jsonl calls them"""
+    found = {'loss': losses['main']}
+    for name, value in losses.items():
+        if name != 'main':
+            found[f'{name}_loss'] = value
+    return found
+
+
+def speed_entry(ms, tokens, ideal_seconds, device):
+    """ms of a step, its tokens, the seconds that its FLOPs would take at the matmuls' rate"""
+    seconds = ms / 1e3
+    return {
+        'step_ms': round(ms, 3),
+        'tok_per_s': round(tokens / seconds, 1),
+        'mfu': round(ideal_seconds / seconds, 4),
+        'memory_mb': round(peak_memory(device), 1),
+    }
+
+
+def data_entry(data, block_size, sequences):
+    """How much of each source of a mixture has been drawn, of so many sequences; nothing for one"""
+    found = {}
+    if len(data.sources) > 1:
+        for name, count in data.drawn(sequences).items():
+            source, _ = data.sources[name]
+            found[f'data/{name}/tokens'] = count * block_size
+            found[f'data/{name}/epochs'] = round(count / source.windows('train', block_size), 4)
+    return found
 
 
 def relative_load(load):
@@ -168,6 +247,13 @@ def load_entry(load):
     }
 
 
+def all_loads(load):
+    """Expert counts (MoE layers, E) -> all of them for metrics.jsonl; nothing without experts"""
+    if len(load) == 0:
+        return {}
+    return {'moe/load': relative_load(load).tolist()}
+
+
 # -------------------------------------------------------------------- what is odd
 
 
@@ -182,6 +268,21 @@ def spike(history, loss):
     if z > 6:
         return z, median
     return None
+
+
+def say_spike(log, step, loss, history):
+    found = spike(history, loss)
+    if found:
+        z, median = found
+        log.say(f'step {step}: loss {loss:.4f} is a spike, {z:.1f} deviations above {median:.4f}')
+        log.add(step=step, event='spike', loss=loss, z=round(z, 2))
+
+
+def say_skipped(log, step, loss, norm, where):
+    """A step that was not taken; where: culprit's answer"""
+    log.say(f'step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: skipped; the first that is '
+            f'not finite is {where}')
+    log.add(step=step, event='skipped', loss=str(loss), grad_norm=str(norm), where=where)
 
 
 def is_finite(x):

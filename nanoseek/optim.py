@@ -22,7 +22,7 @@ def learning_rate_at(step, s):
 
 def rows_of_matrices(c):
     """Config -> {kind of parameter: heights of the blocks of rows that are matrices of their own},
-    which repeat: a head's, the latent's and the rotated key's, the gate's and the up projection's"""
+    again and again: a head's, the latent's and the rotated key's, the gate's and the up's"""
     if c.attention == 'mla':
         head = (c.qk_nope_head_dim + c.qk_rope_head_dim,)
     else:
@@ -59,8 +59,8 @@ def parameter_groups(model, s):
 
 
 def orthogonal(x, dtype):
-    """x (..., A, B) -> its U V^T, about, in float32: five steps of Newton-Schulz, computed in dtype,
-    bring all singular values to between 0.7 and 1.2"""
+    """x (..., A, B) -> its U V^T, about, in float32: five steps of Newton-Schulz, computed in
+    dtype, bring all singular values to between 0.7 and 1.2"""
     tall = x.shape[-2] > x.shape[-1]
     y = x.flatten(0, -3).to(dtype)  # (matrices, A, B)
     if tall:

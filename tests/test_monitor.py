@@ -19,15 +19,28 @@ def test_minutes_and_seconds_end_at_59(seconds, text):
     assert monitor.clock(seconds) == text
 
 
-ENTRY = {'step': 7, 'loss': 1.25, 'lr': 1e-3, 'grad_norm': 0.5, 'step_ms': 12.3, 'tok_per_s': 5678.9,
+ENTRY = {'step': 7, 'loss': 1.25, 'lr': 1e-3, 'grad_norm': 0.5, 'step_ms': 1500.1, 'tok_per_s': 5678.9,
          'mfu': 0.254, 'memory_mb': 99.6}
 
 
 def test_a_progress_line_is_always_built_alike():
-    line = 'step      7/90 | loss 1.2500 | lr 1.00e-03 | norm 0.50 | 12 ms | 5.7k tok/s | mfu 25% | 100 MB'
-    assert monitor.progress_line(ENTRY, 90, 125) == f'{line} | eta 0:02:05'
+    line = 'step      7/90 | loss 1.2500 | lr 1.00e-03 | norm 0.50 | 1500 ms | 5.7k tok/s | mfu 25% | 100 MB'
+    assert monitor.progress_line(ENTRY, 90, False) == f'{line} | eta 0:02:05'       # 83 steps
     experts = {**ENTRY, 'moe/load_min': 0.5, 'moe/load_max': 1.75, 'moe/dead': 0}
-    assert monitor.progress_line(experts, 90, None) == f'{line} | load 0.50-1.75 | eta -:--:--'
+    assert monitor.progress_line(experts, 90, False) == f'{line} | load 0.50-1.75 | eta 0:02:05'
+
+
+def test_nobody_is_told_how_long_all_takes_by_a_step_that_was_compiling():
+    assert monitor.progress_line(ENTRY, 90, True).endswith('| 100 MB | eta -:--:--')
+    assert monitor.progress_line(ENTRY, 7, True).endswith('| 100 MB | eta 0:00:00')
+
+
+def test_a_validation_line_names_the_sources_of_a_mixture():
+    one = {'val_loss': 1.5, 'val_bpb': 2.25}
+    two = {'val_loss/a': 1.0, 'val_bpb/a': 3.0, 'val_loss/b': 2.0, 'val_bpb/b': 1.5}
+    line = 'step     12 | validation loss 1.5000 | 2.2500 bits per byte'
+    assert monitor.validation_line(12, one) == line
+    assert monitor.validation_line(12, {**one, **two}) == f'{line} | a 1.0000 | b 2.0000'
 
 
 def test_expert_load_is_relative_to_the_mean_of_its_layer():
@@ -113,7 +126,10 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, log, monkeypatch):
     new = log()
     monkeypatch.setattr('sys.stdout', Gone())
     new.say('still here')
-    assert (tmp_path / 'train.log').read_text('utf-8') == 'still here\n'
+    new.say('and here')
+    first, note, last = (tmp_path / 'train.log').read_text('utf-8').splitlines()
+    assert (first, last) == ('still here', 'and here')
+    assert note.startswith('stdout cannot be written (')        # once
 
 
 # ------------------------------------------------------------------------------- culprit

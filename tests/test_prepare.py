@@ -827,7 +827,7 @@ def test_inspect_prints_what_is_there(tmp_path, row, capsys):
     path = write_corpus(tmp_path / 'mine.jsonl', documents)
     folder = prep(path, tmp_path / 'out', val_frac=0.2, test_frac=0.1, pack=row)
     capsys.readouterr()
-    prepare.inspect(folder)
+    print(*prepare.inspect(folder), sep='\n')
     told, ids, tokenizer = capsys.readouterr().out, raw_ids(folder), load_tokenizer(folder)
     eot, meta = tokenizer.token_to_id('<|endoftext|>'), json.loads((folder / 'meta.json').read_text())
     for split, of in by_split(documents, 0.2, 0.1).items():

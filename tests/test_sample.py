@@ -25,7 +25,9 @@ TEMPLATES = {
               '[INST] {{ m.content | trim }} [/INST]\n  {% endif %}\n{% endfor %}\n',
     'json': '{{ messages | tojson }}{{ messages | tojson(indent=2) }}',
     'loop': '{% for m in messages %}{% if m.content == "" %}{% break %}{% endif %}'
-            '{{ m.content }}{% endfor %}'}
+            '{{ m.content }}{% endfor %}',
+    'generation': "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+                  '\n{%- endfor %}'}
 
 
 def run(*args, **settings):
@@ -90,15 +92,69 @@ def test_smollm2_is_asked_by_its_own_template():
 
 @pytest.mark.parametrize('template, words', [(None, 'has no chat template'),
                                              ('{{ raise_exception("no system") }}', 'no system'),
+                                             ('{{ messages[0].content + 1 }}', 'TypeError'),
+                                             ('{{ messages[9].content }}', 'UndefinedError'),
+                                             ('{{ messages.append(1) }}', 'SecurityError'),
                                              ('{% for %}', 'chat template of')])
-def test_a_chat_that_cannot_be_is_one_line(folder, tmp_path, template, words):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_a_chat_that_cannot_be_is_refused_in_words(tmp_path, template, words):
     if template:
         (tmp_path / 'chat_template.jinja').write_text(template)
-    done = run(f'--checkpoint={tmp_path}', '--chat')
+    with pytest.raises(ValueError, match=words):
+        chat.render(tmp_path, [{'role': 'user', 'content': 'Hello'}])
+
+
+def test_a_model_without_a_template_is_one_line(folder):
+    done = run(f'--checkpoint={folder}', '--chat')
     assert done.returncode == 2
-    assert words in done.stderr
+    assert 'has no chat template' in done.stderr
     assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('template, wanted', [
+    ("{% for m in messages %}{{ m.content }}</s>\n{% endfor %}", [257]),
+    ("{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s><s>{% endfor %}", [257]),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", []),
+    ("{% if messages[1] %}{{ raise_exception('one') }}{% endif %}", [])])
+def test_an_answer_ends_where_the_template_ends_one(folder, tmp_path, template, wanted):
+    (tmp_path / 'chat_template.jinja').write_text(template)
+    tokenizer = sample.load_tokenizer(folder)
+    tokenizer.encode_special_tokens = False
+    assert chat.end_of_answer(tmp_path, tokenizer) == wanted
+
+
+# ----------------------------------------------------- what goes wrong while text is generated
+
+def test_weights_that_are_not_finite_are_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    model = Transformer.from_pretrained(folder)
+    with torch.no_grad():
+        model.head[5] = torch.nan
+    model.save_pretrained(tmp_path)
+    done = run(f'--checkpoint={tmp_path}')
+    assert done.returncode == 2
+    assert 'not finite' in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_tokenizer_of_another_model_is_one_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = Config(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    attention='gqa', max_position_embeddings=64)
+    Transformer(config).save_pretrained(tmp_path)
+    done = run(f'--checkpoint={tmp_path}', '--prompt=\u00fc')
+    assert done.returncode == 2
+    assert 'tokenizer.json is of another model' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_a_lack_of_memory_is_told_from_a_bug():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert 'out of memory' in sample.in_words(caught.value)
+    assert 'out of memory' in sample.in_words(MemoryError())
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert sample.in_words(caught.value) is None
 
 
 # ---------------------------------------------------------------- special tokens in a prompt
@@ -139,7 +195,7 @@ def test_a_full_disk_is_one_line_and_a_closed_pipe_none(folder):
     assert 'No space left on device' in full.stderr
     assert full.stderr.count('\n') == 2                     # with the count of parameters
     closed = subprocess.run(f'{command} | head -c 1', shell=True, capture_output=True, text=True)
-    assert closed.stderr.count('\n') == 1
+    assert closed.stderr.count('\n') == 1                   # that count alone
 
 
 def test_the_folder_of_a_run_means_its_newest_whole_checkpoint(folder, tmp_path):

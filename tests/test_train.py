@@ -1,7 +1,7 @@
 """Tests of train.py, sample.py and config/, by running them as users do. Trained is a model of 34,000 parameters on
 a made-up text. What needs SmolLM2-135M looks in the folder $NANOSEEK_ASSETS (smollm2/) and is skipped without it;
 NANOSEEK_SLOW=1 also takes a step with each of the larger configurations, and compiles a model."""
-import json, math, os, pickle, random, re, runpy, shutil, signal, subprocess, sys
+import functools, json, math, os, pickle, random, re, runpy, shutil, signal, subprocess, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 import config, train
 from model import Config, Transformer
-from nanoseek.hf import named_views
-from nanoseek.device import check_fp8, to_fp8
+from nanoseek import checkpoint
+from nanoseek.device import to_fp8
 from nanoseek.estimate import parameter_table
-from nanoseek.optim import parameter_groups
-from support import asset
+from support import asset, hooks, train_here
 
 os.environ['HF_HUB_OFFLINE'] = '1'                          # read when huggingface_hub is loaded, here and in processes
 HERE = Path(train.__file__).resolve().parent
@@ -496,7 +495,7 @@ def test_the_data_of_skipped_steps_have_been_drawn(mixed, tmp_path, call):
     last = copy / f'out/tiny/step-{STEPS:06d}/trainer'
     torch.save(torch.load(last / 'state.pt', weights_only=True) | {'skipped': 3}, last / 'state.pt')
     manifest = json.loads((last / 'manifest.json').read_text())
-    manifest['trainer/state.pt'] = train.checksum(last / 'state.pt')
+    manifest['trainer/state.pt'] = checkpoint.checksum(last / 'state.pt')
     (last / 'manifest.json').write_text(json.dumps(manifest))
     assert call(copy, 'train.py', *MIXED, f'--max_steps={STEPS + 1}').returncode == 0
     count = {name: metrics(copy)[-2][f'data/{name}/tokens'] // BLOCK for name in ('mine', 'more')}
@@ -511,17 +510,15 @@ def test_another_mixture_is_refused_where_a_run_goes_on(mixed, call):
         assert all(word in done.stderr for word in ('7/10 mine', '3/10 more', '--resume=never', *words.split('|')))
 
 
-def test_the_document_mask_is_switched_on_where_there_is_a_token_to_see(home, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_the_document_mask_is_switched_on_where_there_is_a_token_to_see(home, tmp_path, capfd):
     assert run(tmp_path, 'prepare.py', home / 'mine.txt', '--tokenizer=bpe:300').returncode == 0
-    given, _ = config.load(train.Settings, Config, argv=[*DENSE[4:], '--dataset=mine', '--doc_attention_mask'])
-    small = {'hidden_size': 32, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'max_position_embeddings': BLOCK}
-    for mask in (True, False):
-        made = train.setup(train.Settings(**{**given, 'doc_attention_mask': mask}), small, train.OneDevice())
-        assert train.start(made) and made.model.doc_attention_mask is mask
-        made.log.close()
-    with pytest.raises(ValueError, match='eos_token_id=5: set --eos_token_id=0'):
-        train.setup(train.Settings(**given), {**small, 'eos_token_id': 5}, train.OneDevice())
+    args = [*DENSE, '--attention=gqa', '--dataset=mine', '--max_steps=1', '--resume=never']
+    for mask in ('true', 'false'):
+        with hooks() as at:
+            assert train_here(tmp_path, *args, f'--doc_attention_mask={mask}') == 0
+        assert at.model.doc_attention_mask is (mask == 'true')
+    assert train_here(tmp_path, *args, '--doc_attention_mask', '--eos_token_id=5') == 2
+    assert 'eos_token_id=5: set --eos_token_id=0' in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -664,7 +661,7 @@ def reshaped(content):
 
 
 @pytest.mark.parametrize('name, change, words', [
-    ('config.json', lambda b: b.replace(b'"hidden_size"', b'"size"'), 'config.json|hidden_size is missing'),
+    ('config.json', lambda b: b.replace(b'"hidden_size"', b'"size"'), 'the model wants'),
     ('config.json', lambda b: b[:-9], 'config.json|damaged'), ('config.json', lambda b: b'[]', 'config.json'),
     ('model.safetensors', lambda b: b[:-1000], 'model.safetensors|damaged'),
     ('model.safetensors', reshaped, 'model.norm.weight|(33,)|(32,)'),
@@ -688,14 +685,14 @@ def test_a_damaged_folder_is_one_line_and_nothing_of_it_is_executed(copy, call, 
 @pytest.mark.parametrize('version, write, words', [
     (1, lambda f: pickle.dump(Executed(), f, 2), 'state.pt cannot be read'),                # 1 had no checksums
     (1, lambda f: torch.save(Executed(), f), 'state.pt cannot be read'),
-    (1, lambda f: f.write(b'PK'), 'state.pt cannot be read'), (999, lambda f: None, 'version is 999|knows 2'),
+    (1, lambda f: f.write(b'PK'), 'state.pt cannot be read'), (999, lambda f: None, 'version is 999|2 the newest'),
     (2, lambda f: f.write(b'PK'), 'damaged|trainer/state.pt')], ids=['pickle', 'saved', 'cut', 'version', 'checksum'])
 def test_a_trainer_state_that_is_code_or_of_another_version_is_refused(copy, call, version, write, words):
     folder = copy / f'out/tiny/step-{STEPS:06d}'
     settings = json.loads((folder / 'trainer/settings.json').read_text())
     (folder / 'trainer/settings.json').write_text(json.dumps({**settings, 'version': version}))
     manifest = json.loads((folder / 'trainer/manifest.json').read_text())
-    manifest['trainer/settings.json'] = train.checksum(folder / 'trainer/settings.json')
+    manifest['trainer/settings.json'] = checkpoint.checksum(folder / 'trainer/settings.json')
     (folder / 'trainer/manifest.json').write_text(json.dumps(manifest))
     with open(folder / 'trainer/state.pt', 'wb') as f:
         write(f)
@@ -739,7 +736,6 @@ FP8_MLA = [*FP8, '--attention=mla', '--q_lora_rank=40', '--kv_lora_rank=32', '--
            '--qk_rope_head_dim=16', '--v_head_dim=16', '--n_routed_experts=4', '--n_shared_experts=1',
            '--moe_intermediate_size=32', '--first_k_dense_replace=1', '--num_nextn_predict_layers=1', '--batch_size=3',
            '--optimizer=muon', '--max_steps=8', '--checkpoint_interval=4', '--tie_word_embeddings=false']
-RECIPES = pytest.mark.parametrize('recipe', ['tensorwise', 'rowwise'])
 
 
 @pytest.fixture(scope='session')
@@ -749,23 +745,16 @@ def torchao():
 
 @pytest.fixture
 def emulated(call, tmp_path, monkeypatch):
-    """Trains in a folder of its own as train.py does, its FP8 matmuls emulated -> losses {step: loss}, the run"""
+    """Trains in a folder of its own as train.py does, its FP8 matmuls emulated -> losses {step: loss}, the model"""
     call(tmp_path, 'prepare.py', 'shakespeare')
+    monkeypatch.setattr(train, 'check_fp8', lambda *args: None)
+    monkeypatch.setattr(train, 'to_fp8', functools.partial(to_fp8, emulate=True))
 
     def emulated(recipe, *args, name='run'):
-        (tmp_path / name).mkdir(exist_ok=True)
-        monkeypatch.chdir(tmp_path / name)
-        args = [*args, f'--dataset={tmp_path}/data/shakespeare']
-        given, model_settings = config.load(train.Settings, Config, argv=args)
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        run = train.setup(train.Settings(**given), model_settings, train.OneDevice())
-        if recipe:
-            to_fp8(run.model, recipe, emulate=True)
-        if train.start(run):
-            train.train(run)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return losses(tmp_path / name), run
+        with hooks() as at:
+            args = [*args, f'--dataset={tmp_path}/data/shakespeare', f'--fp8={recipe}']
+            assert train_here(tmp_path / name, *args) == 0
+        return losses(tmp_path / name), at.model
     return emulated
 
 
@@ -773,72 +762,7 @@ def in_fp8(model):
     return [name for name, m in model.named_modules() if type(m).__name__ == 'Float8Linear']
 
 
-def rounded(x, dim, largest=448.0, bits=3, lowest=-6):
-    """x, float64, to the nearest float8, by default e4m3, and back. Scaled so that the largest of a row (dim 1) or a
-    column (dim 0) becomes at most the largest float8, by a power of two; or of all (None) becomes just that"""
-    scale = largest / (x.abs().max() if dim is None else x.abs().amax(dim, keepdim=True))
-    scale = scale if dim is None else 2 ** scale.log2().floor()
-    exponent = (x * scale).abs().clamp(min=2.0 ** lowest).log2().floor()
-    unit = 2 ** (exponent - bits)
-    return (x * scale / unit).round() * unit / scale        # halves to even
-
-
-@RECIPES
-def test_an_fp8_linear_is_the_product_of_rounded_matrices_forward_and_backward(torchao, recipe):
-    torch.manual_seed(0)
-    c = Config(vocab_size=9, hidden_size=48, num_hidden_layers=1, attention='gqa', num_attention_heads=2, head_dim=16)
-    model = Transformer(c)
-    to_fp8(model, recipe, emulate=True)
-    linear = model.model.layers[0].self_attn.q_proj         # 48 -> 32
-    x, grad = torch.randn(5, 48, requires_grad=True), torch.randn(5, 32) * torch.logspace(-2, 1, 5)[:, None]
-    y = linear(x)
-    y.backward(grad)
-    X, W, G, row = x.detach().double(), linear.weight.detach().double(), grad.double(), recipe == 'rowwise'
-    back = rounded if row else lambda g, dim: rounded(g, dim, 57344.0, 2, -14)      # e5m2
-    rows, columns = (1, 0) if row else (None, None)
-    for found, wanted, exact in ((y, rounded(X, rows) @ rounded(W, rows).T, X @ W.T),
-                                 (x.grad, back(G, rows) @ rounded(W, columns), G @ W),
-                                 (linear.weight.grad, back(G, columns).T @ rounded(X, columns), G.T @ X)):
-        error = lambda a, b: ((a.double() - b).norm() / b.norm()).item()
-        assert error(found, wanted) < 1e-3 and 0.01 < error(found, exact) < 0.1
-
-
-def test_fp8_is_in_attention_dense_and_shared_mlps_and_changes_no_name_or_weight(torchao):
-    given, settings = config.load(train.Settings, Config, argv=FP8_MLA)
-    build = lambda: torch.manual_seed(1) and Transformer(Config(vocab_size=64, **settings))
-    plain, model = build(), build()
-    parameters = dict(model.named_parameters())
-    to_fp8(model, 'rowwise', emulate=True)
-    attention = ('kv_a_proj_with_mqa', 'kv_b_proj', 'o_proj')       # the q LoRA's rank is no multiple of 16
-    mlp = ('gate_proj', 'up_proj', 'down_proj')
-    assert sorted(in_fp8(model)) == sorted(
-        [f'model.layers.{i}.self_attn.{n}' for i in range(3) for n in attention] +
-        [f'model.layers.{i}.mlp.{"shared_experts." if i else ""}{n}' for i in range(3) for n in mlp])
-    assert all(p is parameters[name] for name, p in model.named_parameters())
-    for kind in (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers, lambda m: named_views(m).items()):
-        ours, theirs = list(kind(model)), list(kind(plain))
-        assert [n for n, _ in ours] == [n for n, _ in theirs]
-        assert all(a.dtype == b.dtype and a.equal(b) for (_, a), (_, b) in zip(ours, theirs))
-    index = {id(p): name for m in (model, plain) for name, p in m.named_parameters()}
-    for s in (train.Settings(optimizer='muon'), train.Settings()):
-        ours, theirs = ([{**g, 'params': [index[id(p)] for p in g['params']]} for g in parameter_groups(m, s)]
-                        for m in (model, plain))
-        assert ours == theirs
-    with pytest.raises(ValueError, match='fp8=rowwise.*multiples of 16'):
-        to_fp8(Transformer(Config(vocab_size=9, hidden_size=24, attention='gqa')), 'rowwise', emulate=True)
-
-
-def test_fp8_without_its_package_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torchao', None)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
-    for dtype, words in ((torch.bfloat16, 'pip install torchao'), (torch.float16, 'dtype=float16')):
-        with pytest.raises(ValueError, match=f'^fp8=rowwise.*{words}$'):
-            check_fp8('rowwise', torch.device('cuda'), dtype)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (8, 6))
-    with pytest.raises(ValueError, match='device=cuda has no FP8.*8.9'):
-        check_fp8('rowwise', torch.device('cuda'), torch.bfloat16)
-
-
+@pytest.mark.slow
 def test_200_steps_in_emulated_fp8_follow_bfloat16_within_a_percent(torchao, emulated):
     means = lambda found: [sum(found[step + i] for i in range(1, 11)) / 10 for step in range(0, 200, 10)]
     plain, _ = emulated('', *FP8_GQA, name='plain')
@@ -850,16 +774,16 @@ def test_200_steps_in_emulated_fp8_follow_bfloat16_within_a_percent(torchao, emu
 
 
 def test_a_run_in_fp8_goes_on_and_is_a_checkpoint_like_any_other(torchao, emulated, tmp_path):
-    whole, run = emulated('rowwise', *FP8_MLA)
+    whole, model = emulated('rowwise', *FP8_MLA)
     plain, other = emulated('', *FP8_MLA, name='plain')
-    assert in_fp8(run.model) and not in_fp8(other.model) and not set(whole.values()) & set(plain.values())
+    assert in_fp8(model) and not in_fp8(other) and not set(whole.values()) & set(plain.values())
     shutil.rmtree(tmp_path / 'run/out/tiny/step-000008')
     shutil.copytree(tmp_path / 'run', tmp_path / 'left')
     shutil.copytree(tmp_path / 'plain', tmp_path / 'joined')
     shutil.rmtree(tmp_path / 'joined/out/tiny/step-000008')
-    final = {n: t.clone() for n, t in run.model.state_dict().items()}
-    again, run = emulated('rowwise', *FP8_MLA)
-    assert again == whole and all(t.equal(final[n]) for n, t in run.model.state_dict().items())
+    final = {n: t.clone() for n, t in model.state_dict().items()}
+    again, model = emulated('rowwise', *FP8_MLA)
+    assert again == whole and all(t.equal(final[n]) for n, t in model.state_dict().items())
     left, joined = emulated('', *FP8_MLA, name='left')[0], emulated('rowwise', *FP8_MLA, name='joined')[0]
     for found, before, after in ((left, whole, plain), (joined, plain, whole)):
         assert [found[i] == before[i] for i in range(1, 9)] == [True] * 4 + [False] * 4
@@ -879,7 +803,7 @@ def test_a_run_in_fp8_goes_on_and_is_a_checkpoint_like_any_other(torchao, emulat
 
 @pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
                     reason='needs a CUDA device with FP8 (compute capability 8.9)')
-@RECIPES
+@pytest.mark.parametrize('recipe', ['tensorwise', 'rowwise'])
 @pytest.mark.parametrize('compile', ['false', 'true'])
 def test_50_steps_in_fp8_on_a_gpu_follow_bfloat16(torchao, tmp_path, call, recipe, compile):
     call(tmp_path, 'prepare.py', 'shakespeare')
