@@ -3,14 +3,9 @@ and of runs of train.py that lose their terminal, their disk or their writer."""
 import errno
 import math
 import os
-import pty
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
