@@ -544,13 +544,13 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
     log.say(f'{kind}, {batch // (s.batch_size * dist.world)} x {s.batch_size} x {s.block_size} = '
             f'{batch * s.block_size:,} tokens a step, {s.max_steps - progress.step:,} steps; '
             f'a matmul reaches {rate / 1e12:.2f} TFLOP/s here')
-    writer = checkpoint.Writer()
-    save_now = partial(save, s, dist, device, data, model, optimizer, scaler, identity, companions,
-                       writer)
     caught, handlers = signals.catch()
-    train(s=s, dist=dist, device=device, amp=amp, data=data, model=model, forward=forward,
-          optimizer=optimizer, scaler=scaler, progress=progress, log=log, save=save_now,
-          writer=writer, found=found, caught=caught, peak_flops=rate * dist.world)
+    with checkpoint.Writer() as writer:
+        save_now = partial(save, s, dist, device, data, model, optimizer, scaler, identity,
+                           companions, writer)
+        train(s=s, dist=dist, device=device, amp=amp, data=data, model=model, forward=forward,
+              optimizer=optimizer, scaler=scaler, progress=progress, log=log, save=save_now,
+              writer=writer, found=found, caught=caught, peak_flops=rate * dist.world)
     signals.restore(handlers)
 
 

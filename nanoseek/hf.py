@@ -6,6 +6,8 @@ Nothing in a folder is executed, and pickles are not read.
 """
 import logging
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -418,3 +420,6 @@ def save_pretrained(model, directory, dtype=None, shard_bytes=5e9, state=None):
     values['dtype'] = saved_dtype
     values['torch_dtype'] = saved_dtype
     write_json(directory / 'config.json', values, indent=2)
+    for file in directory.glob('model*.safetensors'):
+        with suppress(OSError):         # a drive without modes; safetensors 0.8 leaves 0600
+            shutil.copymode(directory / 'config.json', file)

@@ -1,8 +1,16 @@
-"""Tests of nanoseek/checkpoint.py: written whole or not at all, never silently missing, found again;
-and of runs of train.py that lose their terminal, their disk or their writer."""
+"""Tests of nanoseek/checkpoint.py: written whole or not at all, never silently missing, found
+again; and of runs of train.py that lose their terminal, their disk or their writer."""
 import errno
+import fcntl
 import math
 import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,6 +96,17 @@ def test_what_was_written_is_found_whole_and_comes_back_bit_for_bit(tmp_path, ru
     assert torch.equal(torch.rand(3), random)
     weights = Transformer.from_pretrained(out / 'step-000003').state_dict()
     assert same(dict(weights), dict(run.model.state_dict()))
+
+
+@pytest.mark.parametrize('mask', [0o022, 0o077, 0o002])
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path, run, mask):
+    before = os.umask(mask)
+    try:
+        run.write(tmp_path / 'step-000003')
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode & 0o777 for p in tmp_path.rglob('*') if p.is_file()}
+    assert modes == {0o666 & ~mask}
 
 
 def test_a_copy_does_not_change_with_its_original(run):
@@ -188,7 +207,6 @@ def test_whichever_file_fills_the_disk_the_reason_is_that(disk, run, size):
 
 @pytest.mark.parametrize('missing', ['fsync of folders', 'fsync of readers', 'locks'])
 def test_what_a_file_system_does_not_have_is_done_without(tmp_path, monkeypatch, run, missing):
-    import fcntl
     real = os.fsync
 
     def fsync(descriptor):
@@ -228,8 +246,23 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_said_and_ends_nothing(tmp_p
     assert names(tmp_path) == ['step-000001', 'step-000002', 'step-000003']
 
 
+def test_a_folder_that_becomes_read_only_is_named_and_keeps_what_it_has(run):
+    out = Path(tempfile.mkdtemp())          # pytest's own are closed to other users
+    try:
+        run.write(out / 'step-000001')
+        out.chmod(0o555)
+        if os.geteuid() == 0:
+            os.seteuid(65534)               # root may write anywhere
+        with pytest.raises(OSError, match='step-000002 could not be written: .*denied.*step-'):
+            run.write(out / 'step-000002')
+        assert checkpoint.newest(out, no) == out / 'step-000001'
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        shutil.rmtree(out, ignore_errors=True)
+
+
 def test_a_folder_that_vanishes_is_made_again(tmp_path, run):
-    import shutil
     run.write(tmp_path / 'out/step-000001')
     shutil.rmtree(tmp_path / 'out')
     run.write(tmp_path / 'out/step-000002')
@@ -238,7 +271,6 @@ def test_a_folder_that_vanishes_is_made_again(tmp_path, run):
 
 def test_half_checkpoints_are_cleared_and_what_cannot_be_is_no_reason_to_stop(tmp_path, run,
                                                                              monkeypatch):
-    import shutil
     for step in (1, 2):
         run.write(tmp_path / f'step-{step:06d}')
     shutil.copytree(tmp_path / 'step-000001', tmp_path / '.step-000003.tmp')
@@ -260,3 +292,250 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, run, data):
     with pytest.raises(OSError, match='state.pt cannot be read: ..'):
         load(tmp_path / 'step-000001', run)
     assert 'state.pt has' in checkpoint.damage(tmp_path / 'step-000001')
+
+
+# --------------------------------------------------------------------------- runs of train.py
+
+TINY = ['--hidden_size=32', '--num_hidden_layers=1', '--num_attention_heads=2', '--block_size=32',
+        '--max_position_embeddings=64', '--batch_size=2', '--eval_steps=1', '--log_interval=1',
+        '--device=cpu', '--compile=false', '--dtype=float32', '--out_dir=out']
+START = """
+import runpy, sys, time
+sys.path.insert(0, {here!r})
+{patch}
+sys.argv[0] = 'train.py'
+runpy.run_path({here!r} + '/train.py', run_name='__main__')
+"""
+SLOWLY = """
+from nanoseek import monitor
+add = monitor.Log.add
+def slow_add(self, **values):
+    time.sleep(0.05)
+    add(self, **values)
+monitor.Log.add = slow_add
+"""
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    text = (HERE / 'data/shakespeare/input.txt').read_text(encoding='utf-8')
+    (folder / 'small.txt').write_text(text[:3000], encoding='utf-8')
+    prepare.prepare(prepare.Settings(str(folder / 'small.txt'), out_dir=str(folder / 'small')))
+    return folder / 'small'
+
+
+def begin(folder, data, *args, patch='', **how):
+    """train.py in a process of its own, with a patch of what it stands on"""
+    code = START.format(here=str(HERE), patch=patch)
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen([sys.executable, '-c', code, *TINY, f'--dataset={data}', *args],
+                            cwd=folder, **{**pipes, **how})
+
+
+def end(process, seconds=120):
+    """-> exit status, stdout, stderr"""
+    out, error = process.communicate(timeout=seconds)
+    return process.returncode, out, error
+
+
+def wait_for(file, process, seconds=120):
+    limit = time.time() + seconds
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.time() < limit
+        time.sleep(0.01)
+
+
+def steps_taken(folder, process):
+    """Waits for the first"""
+    file = folder / 'out/metrics.jsonl'
+    wait_for(file, process)
+    while file.read_text() == '':
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def stopped_at(folder):
+    """The step of the last checkpoint, which is whole; train.log says what stopped the run"""
+    found = checkpoint.newest(folder / 'out', no)
+    log = (folder / 'out/train.log').read_text(encoding='utf-8')
+    name, step = re.findall(r'^(\w+): stopped after step (\d+);', log, re.M)[-1]
+    assert checkpoint.step_of(found) == int(step)
+    return name, int(step)
+
+
+def test_a_run_that_loses_its_terminal_stops_with_a_checkpoint(tmp_path, data):
+    ours, theirs = pty.openpty()
+    process = begin(tmp_path, data, '--max_steps=100000', patch=SLOWLY, stdin=theirs,
+                    stdout=theirs, stderr=theirs, start_new_session=True,
+                    preexec_fn=lambda: fcntl.ioctl(0, 0x540E, 0))       # TIOCSCTTY
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    steps_taken(tmp_path, process)
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert stopped_at(tmp_path)[0] == 'SIGHUP'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGTERM'])
+def test_signals_stop_a_run_with_a_checkpoint_unless_ignored_from_the_start(tmp_path, data, name):
+    process = begin(tmp_path, data, '--max_steps=100000', patch=SLOWLY)
+    steps_taken(tmp_path, process)
+    process.send_signal(getattr(signal, name))
+    status, out, error = end(process)
+    assert (status, error) == (0, '')
+    assert stopped_at(tmp_path)[0] == name
+    step = stopped_at(tmp_path)[1]
+    if name != 'SIGTERM':
+        ignored = f'import signal; signal.signal(signal.{name}, signal.SIG_IGN)'
+        process = begin(tmp_path, data, f'--max_steps={step + 20}', patch=ignored + SLOWLY)
+        time.sleep(3)
+        for _ in range(20):
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.05)
+        assert end(process)[0] == 0
+        assert checkpoint.step_of(checkpoint.newest(tmp_path / 'out', no)) == step + 20
+
+
+def test_a_second_run_in_the_same_out_dir_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path,
+                                                                                       data):
+    first = begin(tmp_path, data, '--max_steps=100000', '--checkpoint_interval=5',
+                  '--keep_checkpoints=0', patch=SLOWLY)
+    wait_for(tmp_path / 'out/step-000005', first)
+    status, out, error = end(begin(tmp_path, data, '--max_steps=9', '--resume=never'))
+    assert (status, out) == (2, '')
+    assert re.fullmatch(rf'train.py: out is being written by process {first.pid} on \S+ since '
+                        r'[-\d]+ [:\d]+: wait for it, stop it, or take another out_dir\n', error)
+    assert (tmp_path / 'out/step-000005').exists()
+    first.kill()
+    first.communicate()
+    found = checkpoint.step_of(checkpoint.newest(tmp_path / 'out', no))
+    status, out, error = end(begin(tmp_path, data, f'--max_steps={found + 2}'))
+    assert (status, error) == (0, '')
+    assert not (tmp_path / 'out/.lock').exists()
+    assert f'going on from out/step-{found:06d}' in out
+
+
+WRITER_DIES = """
+from nanoseek import folders
+def dies(*args):
+    raise {error}
+folders.write_companions = dies
+"""
+
+
+@pytest.mark.parametrize('error', [
+    'KeyError("of a writer")', pytest.param('MemoryError("of a writer")', marks=pytest.mark.slow)])
+def test_a_run_whose_writer_dies_ends_and_says_why(tmp_path, data, error):
+    process = begin(tmp_path, data, '--max_steps=500', '--checkpoint_interval=5',
+                    patch=WRITER_DIES.format(error=error))
+    status, out, text = end(process)
+    assert status != 0
+    if 'KeyError' in error:
+        assert "KeyError: 'of a writer'" in text
+        assert 'in dies' in text
+    else:
+        assert (status, text.count('\n')) == (2, 1)
+        assert text.startswith('train.py: out of memory: ')
+    assert 'stopped' not in out
+    assert list((tmp_path / 'out').glob('*step*')) == []
+
+
+ODD = """
+import errno, fcntl, os
+real = os.fsync
+def fsync(descriptor):
+    if os.path.isdir(f'/proc/self/fd/{descriptor}'):
+        raise OSError(errno.EINVAL, 'Invalid argument')
+    if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, 'Bad file descriptor')
+    real(descriptor)
+os.fsync = fsync
+def flock(descriptor, operation):
+    raise OSError(errno.ENOLCK, 'No locks available')
+fcntl.flock = flock
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_an_odd_disk_goes_on_with_a_warning_each(tmp_path, data):
+    for steps in (4, 8):
+        process = begin(tmp_path, data, f'--max_steps={steps}', '--checkpoint_interval=2',
+                        patch=ODD)
+        status, out, error = end(process)
+        assert status == 0
+        assert len(error.splitlines()) == 2, error
+        assert 'without locks' in error and 'cannot flush' in error
+    assert 'going on from out/step-000004' in out
+    assert checkpoint.newest(tmp_path / 'out', no).name == 'step-000008'
+
+
+NO_MAPS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+typedef void *(*map)(void *, size_t, int, int, int, off_t);
+static void *call(const char *name, void *at, size_t n, int prot, int flags, int fd, off_t off) {
+    char link[64], path[4096];
+    if (fd >= 0) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        ssize_t size = readlink(link, path, sizeof path - 1);
+        path[size > 0 ? size : 0] = 0;
+        if (strstr(path, "/without-maps/")) {
+            errno = ENODEV;
+            return MAP_FAILED;
+        }
+    }
+    return ((map)dlsym(RTLD_NEXT, name))(at, n, prot, flags, fd, off);
+}
+void *mmap(void *a, size_t n, int p, int f, int d, off_t o) {
+    return call("mmap", a, n, p, f, d, o);
+}
+void *mmap64(void *a, size_t n, int p, int f, int d, off_t o) {
+    return call("mmap64", a, n, p, f, d, o);
+}
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_mapped_gives_the_same_run(tmp_path, data):
+    """Everything is there: dataset, checkpoints, what a run goes on from, what is sampled"""
+    compiler = shutil.which('cc')
+    if compiler is None or sys.platform != 'linux':
+        pytest.skip('needs a C compiler and LD_PRELOAD')
+    (tmp_path / 'no_maps.c').write_text(NO_MAPS)
+    library = tmp_path / 'no_maps.so'
+    subprocess.run([compiler, '-shared', '-fPIC', '-o', library, tmp_path / 'no_maps.c', '-ldl'],
+                   check=True)
+    results = []
+    for name, preload in {'with-maps': '', 'without-maps': library}.items():
+        env = {**os.environ, 'LD_PRELOAD': str(preload)}
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copytree(data, folder / 'data')
+        for steps in (3, 6):
+            status, out, error = end(begin(folder, 'data', f'--max_steps={steps}', env=env))
+            assert (status, error) == (0, '')
+        sample = [sys.executable, HERE / 'sample.py', '--checkpoint=out', '--prompt=the',
+                  '--device=cpu']
+        done = subprocess.run(sample, cwd=folder, env=env, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        weights = (folder / 'out/step-000006/model.safetensors').read_bytes()
+        results.append((weights, done.stdout))
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_an_out_dir_that_vanishes_in_a_run_is_made_again(tmp_path, data):
+    process = begin(tmp_path, data, '--max_steps=40', '--checkpoint_interval=5', patch=SLOWLY)
+    wait_for(tmp_path / 'out/step-000005', process)
+    shutil.rmtree(tmp_path / 'out', ignore_errors=True)
+    status, out, error = end(process)
+    assert checkpoint.newest(tmp_path / 'out', no).name == 'step-000040', (out, error)
+    assert status == 0
