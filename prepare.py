@@ -4,14 +4,13 @@
     python prepare.py mybook.txt --tokenizer=bpe:1024   # a text -> data/mybook/
     python prepare.py corpus/                           # documents: .txt .md .jsonl[.gz|.zst] .json
                                                         # .csv .tsv .parquet; -: stdin
-    python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub, by its id
+    python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub
     python prepare.py --inspect=data/mybook             # shows what is in there
 
 writes data/NAME/{train,val,test}.bin (token ids, little-endian), tokenizer.json (Hugging Face's
 format, whichever tokenizer made the ids) and meta.json (what the rest means). The same command
 goes on where it was interrupted. nanoseek/tokens.py reads what this writes.
 """
-import functools
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,11 +30,11 @@ from tqdm import tqdm
 import config
 from nanoseek import files, signals, sources
 from nanoseek.inspection import inspect
-from nanoseek.sources import HUB, LongText, open_source, source_name
-from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, PIECE, Encoder, char_tokenizer, cut,
-                                gpt2_tokenizer, load_tokenizer, other_tokenizer,
-                                parse_tokenizer, train_bpe)
-from nanoseek.tokenizer import decode, encode  # noqa: F401  # scripts import them from here
+from nanoseek.pieces import (BadDocument, Seen, batches, copy_of, encode_pieces, encoder_of,
+                             leave_out, start_of_source, texts_to_learn)
+from nanoseek.sources import HUB, open_source, source_name
+from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, char_tokenizer, gpt2_tokenizer,
+                                load_tokenizer, other_tokenizer, parse_tokenizer, train_bpe)
 from nanoseek.tokens import SPLITS, VERSION, TokenData
 from nanoseek.workers import Workers
 from nanoseek.writing import Progress, move, pack
@@ -64,7 +63,7 @@ class Settings:
     special_in_text: bool = False       # a special token that a text spells is that token
     deduplicate: bool = False           # leave out what has come before, byte for byte
     pack: int = 0                       # rows of so many tokens, from documents' starts; 0: none
-    bad_documents: Literal['stop', 'skip', 'replace'] = 'stop'  # for bytes that are no UTF-8: U+FFFD
+    bad_documents: Literal['stop', 'skip', 'replace'] = 'stop'  # replace: bytes that are no UTF-8
     shard_tokens: int = 100_000_000     # tokens of a file
     workers: int = 0                    # processes; 0: one per core
     resume: Literal['auto', 'never'] = 'auto'   # auto: where it was interrupted
@@ -101,10 +100,6 @@ class Settings:
         if self.test_frac is not None:
             test = self.test_frac
         return val, test
-
-
-class BadDocument(ValueError):
-    """The one that ends a preparation; what came before it stays."""
 
 
 # ------------------------------------------------------------------------- the whole of it
@@ -176,7 +171,7 @@ def fill_or_keep(s, source, meta, progress, seen):
             shutil.rmtree(work, ignore_errors=True)
             raise
         note = f'the same command goes on from what is in {work}'
-        if isinstance(e, BadDocument):
+        if '--bad_documents' in str(e):
             note = f'with that it goes on from what is in {work}'
         if isinstance(e, (OSError, ValueError)):
             raise type(e)(f'{e}; {note}') from e
@@ -260,9 +255,10 @@ def begin(s, source, recipe, work, before):
     state = before
     if before is None:
         state = {'recipe': recipe, 'identity': source.identity,
-                 'revision': source.about.get('revision'), 'at': None, 'within': [0, 0],
-                 'left_out': {'bad': 0, 'duplicates': 0}, 'lowest': 1.0, 'seen': 0, 'splits': {},
+                 'revision': source.about.get('revision'), 'seen': 0, 'splits': {},
                  'complete': False}
+    for key, value in {**start_of_source(), **NOTHING_OPEN}.items():
+        state.setdefault(key, value)
     progress = Progress(work, state, dtype, s.shard_tokens)
     if before:
         with suppress(OSError):
@@ -309,183 +305,7 @@ def make_tokenizer(name, source, s):
     return tokenizer.to_str(pretty=True).encode()
 
 
-# --------------------------------------------------------------------- documents -> pieces
-
-class Piece(NamedTuple):
-    split: str
-    text: str
-    last: bool              # it ends its document
-    where: str              # the document, for errors
-    part_of_more: bool      # the document has other pieces, so that this one cannot be skipped
-
-
-class Seen:
-    """A set of 64-bit numbers in 8 bytes each and a little"""
-
-    def __init__(self, numbers):
-        self.sorted = np.unique(numbers)
-        self.recent = set()
-
-    def add(self, number):
-        """-> whether it is new"""
-        i = np.searchsorted(self.sorted, np.uint64(number))
-        if number in self.recent or (i < len(self.sorted) and self.sorted[i] == number):
-            return False
-        self.recent.add(number)
-        if len(self.recent) > 10_000 + len(self.sorted) // 16:
-            recent = np.fromiter(self.recent, np.uint64)
-            self.sorted = np.sort(np.concatenate((self.sorted, recent)))
-            self.recent = set()
-        return True
-
-
-def documents(source, s, tokenizer, state, seen=None):
-    """Yields the Pieces of all documents that are to be taken, and keeps in state what is needed
-    to go on behind the last one"""
-    val, test = s.shares((0.005, 0.005))
-    for document in source.read(state['at']):
-        long = isinstance(document.text, LongText)
-        usable = document.text is not None and s.bad_documents == 'replace'
-        if document.problem and not usable:
-            if s.bad_documents == 'stop':
-                raise bad(document.where, document.problem)
-            state['left_out']['bad'] += 1
-            continue
-        if long:
-            digest = document.text.digest
-        else:
-            data = document.text.encode()
-            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'big')
-        if seen and state['within'] == [0, 0]:
-            if not seen.add(digest):
-                state['left_out']['duplicates'] += 1
-                continue
-            state['hashes'].append(digest)
-        at = digest / 2**64                     # the same for every run and order of documents
-        state['lowest'] = min(state['lowest'], at)
-        split = 'train'
-        if at < val:
-            split = 'val'
-        elif at < val + test:
-            split = 'test'
-        if not long:
-            yield Piece(split, document.text, True, document.where, False)
-            continue
-        for text, own, last, within in document.text.pieces(
-                lambda blocks: cut_any(tokenizer, blocks), *state['within']):
-            state['at'] = document.text.at
-            state['within'] = within
-            if last and not source.text:
-                state['within'] = [0, 0]
-            yield Piece(own or split, text, last, document.where, True)
-
-
-def cut_any(tokenizer, blocks):
-    """cut(), by the Encoder's own way where characters are tokens"""
-    if isinstance(tokenizer, Encoder):
-        if tokenizer.table is not None:
-            return (piece for block in blocks for piece in tokenizer.pieces(block))
-        tokenizer = tokenizer.tokenizer
-    return cut(tokenizer, blocks)
-
-
-def bad(where, problem):
-    text = str(problem)
-    if not text.startswith(where):
-        text = f'{where}: {text}'
-    return BadDocument(f'{text}; leave such documents out with --bad_documents=skip')
-
-
-def batches(source, s, encoder, progress, seen):
-    """Yields lists of Pieces of about BATCH characters, and the progress's state behind them"""
-    keys = ('at', 'within', 'left_out', 'lowest', 'seen')
-    ahead = copy_of({key: progress.state[key] for key in keys})
-    ahead['hashes'] = progress.hashes
-    pieces = []
-    size = 0
-
-    def behind():
-        if ahead['within'] == [0, 0]:
-            ahead['at'] = source.position()
-        ahead['seen'] = progress.kept + len(progress.hashes)
-        return copy_of({key: ahead[key] for key in keys})
-
-    for piece in documents(source, s, encoder, ahead, seen):
-        pieces.append(piece)
-        size += len(piece.text) + 16
-        if size > BATCH:
-            yield pieces, behind()
-            pieces = []
-            size = 0
-    yield pieces, behind()
-
-
-def copy_of(state):
-    return json.loads(json.dumps(state))
-
-
-def texts_to_learn(source, s, most, splits=('train',)):
-    """Yields up to `most` characters of the documents of these splits"""
-    state = {'at': None, 'within': [0, 0], 'left_out': {'bad': 0, 'duplicates': 0}, 'lowest': 1.0}
-    for piece in documents(source, s, None, state):
-        if piece.split in splits:
-            if len(piece.text) <= 2 * PIECE:
-                yield piece.text
-            else:
-                yield from cut(None, [piece.text])
-            most -= len(piece.text)
-        if most <= 0:
-            break
-
-
-# ---------------------------------------------------------------------------- pieces -> ids
-
-@functools.lru_cache(1)
-def encoder_of(folder, name, special_in_text):
-    """The Encoder of a folder, made once in each process"""
-    return Encoder(folder, name, special_in_text)
-
-
-def tokenize(encoder_args, eot, pieces, check):
-    """-> {split: (ids, bytes, documents)}, the tokens of each piece, and {number of a piece: what
-    went wrong with it}. eot: the id that ends a document, or None"""
-    encoder = encoder_of(*encoder_args)
-    texts = [encoder.pieces(piece.text) for piece in pieces]
-    problems = {}
-    try:
-        flat = [text for parts in texts for text in parts]
-        ids = iter(encoder.encode(flat, check))
-        made = [[next(ids) for _ in parts] for parts in texts]
-    except BaseException as e:                          # also what Rust panics with
-        if isinstance(e, (KeyboardInterrupt, SystemExit)):
-            raise
-        made = []
-        for i, parts in enumerate(texts):               # which one is it?
-            try:
-                made.append(encoder.encode(parts, check))
-            except BaseException as e:
-                problems[i] = f'{type(e).__name__}: {e}'
-                if isinstance(e, ValueError):
-                    problems[i] = str(e)
-                made.append(None)
-    found = {}
-    lengths = []
-    for i, piece in enumerate(pieces):
-        if i in problems:
-            lengths.append(0)
-            continue
-        ids = made[i]
-        if piece.last and eot is not None:
-            ids = [*ids, np.array([eot], np.uint32)]
-        lengths.append(sum(map(len, ids)))
-        of_split = found.setdefault(piece.split, [[], 0, 0])
-        of_split[0].extend(ids)
-        of_split[1] += len(piece.text.encode())
-        of_split[2] += piece.last
-    for of_split in found.values():
-        of_split[0] = np.concatenate([np.zeros(0, np.uint32), *of_split[0]])
-    return found, lengths, problems
-
+# --------------------------------------------------- text -> documents -> ids -> token files
 
 def fill(s, source, meta, progress, seen):
     """All documents, or as many as s.tokens wants, into the token files. This process reads and
@@ -501,45 +321,28 @@ def fill(s, source, meta, progress, seen):
         seen = Seen(seen)
     else:
         seen = None
-    todo = batches(source, s, encoder, progress, seen)
+    todo = batches(source, s, encoder, progress, seen, BATCH)
     count = s.workers or cores()
     little = source.unit == 'B' and source.total < 4 * BATCH    # not worth a worker's start
     workers = Workers(count, inline=little or count == 1)
-    jobs = deque()
     stop, handlers = signals.catch()
     bar = progress_bar(s, source)
     problem = None
-    more = True
-    number = 0
     saved = time.time()
     try:
-        while (more or jobs) and not state['complete'] and not stop:
-            if more:
-                try:
-                    batch = next(todo, None)
-                except (ConnectionError, ValueError) as e:
-                    batch = None
-                    problem = e                         # what came before it is kept
-                more = batch is not None
-            if more:
-                pieces, behind = batch
-                job = workers.submit(tokenize, encoder_args, eot, pieces, number % 16 == 0)
-                jobs.append((job, pieces, behind))
-                number += 1
-            while jobs and not state['complete']:
-                job, pieces, behind = jobs[0]
-                if more and len(jobs) <= 2 * count and not job.done():
-                    break
-                jobs.popleft()
-                result = workers.result(job)
-                collect(s, encoder_args, eot, progress, result, pieces, behind)
+        for pieces, behind, made in encoded(todo, workers, count, encoder_args):
+            if stop:
+                break
+            take(s, source, progress, eot, pieces, made)
+            state.update(behind)
             show(bar, s, source, progress)
+            if state['complete']:
+                break
             if time.time() - saved > SAVE_SECONDS:
                 progress.save()
                 saved = time.time()
-        if not problem and not stop:
-            state['complete'] = True
-    except BadDocument as e:
+        state['complete'] = state['complete'] or not stop
+    except (ConnectionError, ValueError) as e:              # what came before it is kept
         problem = e
     finally:
         bar.close()
@@ -552,31 +355,119 @@ def fill(s, source, meta, progress, seen):
         raise problem or KeyboardInterrupt
 
 
+def encoded(todo, workers, count, encoder_args):
+    """Yields (pieces, what of the state is other behind them, what encode_pieces makes of them)
+    in the order of todo, of which up to 2 * count are in work. An error of todo's is raised when
+    all that came before it is out"""
+    jobs = deque()
+    problem = None
+    more = True
+    number = 0
+    while more or jobs:
+        batch = None
+        if more:
+            try:
+                batch = next(todo, None)
+            except (ConnectionError, ValueError) as e:
+                problem = e
+            more = batch is not None
+        if more:
+            checked = number % 16 == 0
+            job = workers.submit(encode_pieces, encoder_args, batch[0], checked)
+            jobs.append((job, batch))
+            number += 1
+        while jobs and (not more or len(jobs) > 2 * count or jobs[0][0].done()):
+            job, (pieces, behind) = jobs.popleft()
+            yield pieces, behind, workers.result(job)
+    if problem:
+        raise problem
+
+
 def cores():
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
-def collect(s, encoder_args, eot, progress, result, pieces, behind):
+# Of a document whose pieces are on their way: what its split had before it, and whether it is
+# left out. Of all documents: how many could not be encoded, and the first of them
+NOTHING_OPEN = {'before': None, 'dropped': False, 'unreadable': 0, 'first_unreadable': None}
+
+
+def take(s, source, progress, eot, pieces, made):
     """The ids of a batch into the files; with the document that makes s.tokens, the state is
-    complete. BadDocument where one is not to be left out"""
-    found, lengths, problems = result
+    complete. BadDocument where one is not to be left out: then the state is as it was"""
     state = progress.state
-    for i, problem in problems.items():
-        if s.bad_documents == 'stop' or pieces[i].part_of_more:
-            raise bad(pieces[i].where, problem)
-    if s.tokens:
-        total = progress.tokens() + np.cumsum(lengths)
-        for i, piece in enumerate(pieces):
-            if piece.last and total[i] >= s.tokens:
-                found, _, problems = tokenize(encoder_args, eot, pieces[:i + 1], False)
+    keys = ('splits', *NOTHING_OPEN)
+    as_it_was = copy_of({key: state[key] for key in keys})
+    begun_earlier = state['before'] is not None
+    end = []
+    if eot is not None:
+        end = [np.array([eot], np.uint32)]
+    waiting = Waiting(progress)
+    for piece, (ids, size, problem) in zip(pieces, made):
+        if not piece.last and state['before'] is None:
+            waiting.write()
+            state['before'] = copy_of(progress.of_split(piece.split))
+        if problem and not state['dropped']:
+            try:
+                refuse(s, source, state, piece, problem)
+            except BadDocument:
+                state.update(as_it_was)
+                raise
+            state['dropped'] = True
+            if state['before'] is not None:
+                waiting.write()
+                state['splits'][piece.split] = copy_of(state['before'])
+                if begun_earlier:           # before the files have less than the last note says
+                    progress.save()
+                progress.cut_files()
+        if not state['dropped']:
+            arrays = [ids]
+            if piece.last:
+                arrays += end
+            waiting.add(piece.split, arrays, size, piece.last)
+        if piece.last:
+            state['before'] = None
+            state['dropped'] = False
+            begun_earlier = False
+            if s.tokens and progress.tokens() + waiting.tokens >= s.tokens:
                 state['complete'] = True
                 break
-    for split, (ids, size, count) in found.items():
-        progress.append(split, ids, size, count)
-    state.update(behind)
-    state['unreadable'] = state.get('unreadable', 0) + len(problems)
+    waiting.write()
+
+
+def refuse(s, source, state, piece, problem):
+    """BadDocument, or one more that is left out"""
+    if source.text:
+        raise BadDocument(f'{piece.where}: {problem}')
+    note = {'first_bad': state['first_unreadable']}
+    leave_out(s, note, piece.where, problem)
+    state['first_unreadable'] = note['first_bad']
+    state['unreadable'] += 1
+
+
+class Waiting:
+    """Ids that are to be appended to the files of their splits, many documents at a time"""
+
+    def __init__(self, progress):
+        self.progress = progress
+        self.splits = {}
+        self.tokens = 0
+
+    def add(self, split, arrays, size, documents):
+        of_split = self.splits.setdefault(split, {'arrays': [], 'bytes': 0, 'documents': 0})
+        of_split['arrays'] += arrays
+        of_split['bytes'] += size
+        of_split['documents'] += documents
+        self.tokens += sum(map(len, arrays))
+
+    def write(self):
+        for split, of_split in self.splits.items():
+            ids = np.concatenate(of_split['arrays'])
+            self.progress.append(split, ids, of_split['bytes'], of_split['documents'])
+        self.splits = {}
+        self.tokens = 0
 
 
 def progress_bar(s, source):
@@ -613,9 +504,9 @@ def finish(s, source, meta, progress, out):
     splits = progress.state['splits']
     for split in ('train', 'val'):
         if not splits.get(split, {}).get('tokens'):
-            raise ValueError(too_little(s, split, state['lowest']))
+            raise ValueError(too_little(s, split, state))
     left_out = {**state['left_out']}
-    left_out['bad'] += state.get('unreadable', 0)
+    left_out['bad'] += state['unreadable']
     meta['splits'] = {}
     for split in SPLITS:
         if splits.get(split, {}).get('tokens'):
@@ -635,6 +526,8 @@ def finish(s, source, meta, progress, out):
     for what, count in left_out.items():
         if count:
             print(f'left out: {count:,} {what}')
+    if left_out['bad']:
+        print(f'the first: {first_bad(state)}')
     if progress.folder != work:
         shutil.copy(work / 'tokenizer.json', progress.folder)
     files.write_file(progress.folder / 'meta.json', json.dumps(meta, indent=1).encode())
@@ -642,17 +535,25 @@ def finish(s, source, meta, progress, out):
     shutil.rmtree(work)
 
 
-def too_little(s, split, lowest):
+def first_bad(state):
+    return state['first_bad'] or state['first_unreadable']
+
+
+def too_little(s, split, state):
+    bad = state['left_out']['bad'] + state['unreadable']
+    note = ''
+    if bad:
+        note = f'; {bad:,} were left out, the first: {first_bad(state)}'
     if s.pack:
         return (f'{split} got no row of {s.pack} tokens: take more documents or a smaller '
-                '--pack')
+                f'--pack{note}')
     if split == 'train':
-        return 'train got no document: take more'
-    least = math.ceil(lowest * 1e4 + 1) / 1e4
+        return f'train got no document: take more{note}'
+    least = math.ceil(state['lowest'] * 1e4 + 1) / 1e4
     way = f'--val_frac={least}'
     if least > 0.1:
         way += ' --test_frac=0'
-    return f'val got no document: take more, or {way}, the least that has one'
+    return f'val got no document: take more, or {way}, the least that has one{note}'
 
 
 if __name__ == '__main__':

@@ -33,10 +33,10 @@ def inspect(folder, top=20, samples=3):
     ids = data.splits['train']
     for at in rng.integers(0, max(len(ids) - 100, 1), samples):
         yield f'\n--- train, 100 tokens from {at:,}\n{decode(tokenizer, ids[at:at + 100])}'
-    checked = 'sizes, ids'
+    checked = 'the sizes of the files, all ids'
     if 'crc32' in data.meta:
-        checked += ', checksums'
-    yield f'\nchecks: {checked} and the tokenizer are right'
+        checked += ', the checksums'
+    yield f'\nchecked and right: {checked}, and that tokenizer.json is the one that made them'
 
 
 def document_lengths(data, ids, counts, size=1 << 22):

@@ -8,12 +8,16 @@ WAITING = 1024              # documents that wait for a row where they fit
 
 def split_at(tokens, eot, size=1 << 22):
     """token ids (N,), of which every document ends with eot -> yields the documents"""
-    begun = np.zeros(0, tokens[:1].dtype)
+    begun = []                                          # of a document, its parts
     for start in range(0, len(tokens), size):
-        block = np.concatenate((begun, tokens[start:start + size]))
+        block = np.asarray(tokens[start:start + size])
         ends = np.flatnonzero(block == eot) + 1
-        *whole, begun = np.split(block, ends)
-        yield from whole
+        *whole, rest = np.split(block, ends)
+        if whole:
+            yield np.concatenate([*begun, whole[0]])
+            yield from whole[1:]
+            begun = []
+        begun.append(rest)
 
 
 def best_fit(documents, row, lose):

@@ -6,6 +6,7 @@ makes the ids here and reads prompts later.
     gpt2          GPT-2's, through tiktoken; gpt2+code has tokens for chats and code as well
     a name        any on the Hugging Face Hub, a folder, a tokenizer.json
 """
+import itertools
 import json
 import os
 import re
@@ -23,9 +24,12 @@ CODE_TOKENS = ['<|im_start|>', '<|im_end|>', '<repo_name>', '<reponame>', '<file
                '<jupyter_start>', '<jupyter_text>', '<jupyter_code>', '<jupyter_output>',
                '<empty_output>']
 
-PIECE = 1 << 15             # characters: longer texts are cut
-LONGEST = 1 << 18           # of a piece without a place where a cut changes nothing
-LONGEST_WORD = 1000         # that a BPE is trained on: its cost grows with the square
+# Characters
+PIECE = 1 << 15             # longer texts are cut into pieces of about so many
+LONGEST = 1 << 18           # without a place where a cut changes nothing, any other will do
+CONTEXT = 200               # on both sides of a cut, to see whether it makes a difference
+GROUP = 1 << 20             # that a tokenizer gets at a time, at 330 bytes of memory each
+WORD = 1 << 11              # a BPE is trained on words of at most twice as many
 
 
 # ---------------------------------------------------------------------------- made, by kind
@@ -61,15 +65,22 @@ def train_bpe(size, texts):
     return tokenizer
 
 
+ONE_WORD = re.compile(r'\w+|\s+|[^\w\s]+')
+
+
 def short_words(texts):
-    """Yields the texts, cut where a word or a run of white space is too long to train on"""
-    longest = re.compile(r'\S{%d}|\s{%d}' % (LONGEST_WORD, LONGEST_WORD))
+    """Yields the texts, cut where a word or a run of white space is too long to train on: what
+    that takes grows with the square. All other texts stay whole."""
     for text in texts:
         begin = 0
-        for found in longest.finditer(text):
-            yield text[begin:found.end()]
-            begin = found.end()
-        yield text[begin:]
+        for at in range(0, len(text) - WORD + 1, WORD):
+            if ONE_WORD.fullmatch(text, at, at + WORD):
+                if at > begin:
+                    yield text[begin:at]
+                yield text[at:at + WORD]
+                begin = at + WORD
+        if begin < len(text):
+            yield text[begin:]
 
 
 def gpt2_tokenizer():
@@ -197,76 +208,96 @@ def decode(tokenizer, ids):
 CUT = re.compile(r'(?<=\S)\s(?=\S)|(?<=\w)(?=[^\w\s])')
 
 
-def cut(tokenizer, blocks, size=PIECE, context=200):
-    """Blocks of a text -> pieces of it that give the same ids as the whole: it is cut about every
-    `size` characters, where both sides make the same tokens together and apart. A text that has
-    no such place for long is cut anywhere. Depends on the text behind the last cut alone.
-    tokenizer: None, where any lone white space is good enough"""
-    blocks = at_least(blocks, LONGEST)
+def cut(tokenizer, blocks, size=PIECE, longest=LONGEST):
+    """Blocks of a text -> pieces of it that give the same ids as the whole.
+
+    The text is cut about every `size` characters, where both sides make the same tokens together
+    and apart. Where `longest` characters have no such place, it is cut where both sides at least
+    give the text back. Depends on the text behind the last cut alone. tokenizer: None, where any
+    lone white space is good enough"""
     text = ''
     begin = 0                                   # of the piece
-    at = 0                                      # the last place that was looked at
-    more = True
-    while True:
-        end = len(text)
+    reach = longest
+    for block in itertools.chain(blocks, [None]):
+        more = block is not None
         if more:
-            end -= context
-        end = min(end, begin + LONGEST)
-        found = CUT.search(text, at + size, end)
-        if found:
-            at = found.start()
-            left = text[max(begin, at - context):at]
-            right = text[at:at + context]
-            if tokenizer is None or cut_changes_nothing(tokenizer, left, right):
+            text = text[begin:] + block
+            begin = 0
+        while True:
+            left = len(text) - begin
+            if left < size or (more and left < reach + CONTEXT):
+                break
+            at = find_cut(tokenizer, text, begin, size, reach)
+            if at is not None:
                 yield text[begin:at]
                 begin = at
-        elif end == begin + LONGEST:
-            at = last_resort(tokenizer, text, end, context)
-            yield text[begin:at]
-            begin = at
-        elif more:
-            block = next(blocks, None)
-            if block is None:
-                more = False
+                reach = longest
+            elif left > reach:
+                reach *= 2                      # such a tokenizer gets longer pieces
             else:
-                text = text[begin:] + block
-                at -= begin
-                begin = 0
-        else:
-            break
+                break
     if begin < len(text):
         yield text[begin:]
 
 
-def last_resort(tokenizer, text, end, context):
-    """-> the last place in front of end where a cut changes nothing; without any near it, end"""
-    if tokenizer is not None:
-        for at in range(end, end - context, -1):
-            if cut_changes_nothing(tokenizer, text[at - context:at], text[at:at + context]):
+def find_cut(tokenizer, text, begin, size, longest):
+    """-> where the piece that begins there can end, or None"""
+    end = min(begin + longest, len(text))
+    at = begin + size
+    candidates = False
+    while found := CUT.search(text, at, end):
+        if changes_nothing(tokenizer, text, begin, found.start()):
+            return found.start()
+        at = found.start() + size
+        candidates = True
+    if len(text) - begin <= longest:
+        return None
+    if candidates:                              # some are nearer to each other
+        for found in itertools.islice(CUT.finditer(text, begin + size, end), 100):
+            if changes_nothing(tokenizer, text, begin, found.start()):
+                return found.start()
+    anywhere = range(begin + size, min(begin + size + 20, end))
+    for allows in (changes_nothing, gives_text_back):
+        for at in anywhere:
+            if allows(tokenizer, text, begin, at):
                 return at
-    return end
+    return None
 
 
-def at_least(blocks, size):
-    """Blocks of a text -> larger ones, so that nothing is looked at again and again"""
-    parts = []
-    total = 0
-    for block in blocks:
-        parts.append(block)
-        total += len(block)
-        if total >= size:
-            yield ''.join(parts)
-            parts = []
-            total = 0
-    yield ''.join(parts)
-
-
-def cut_changes_nothing(tokenizer, left, right):
+def changes_nothing(tokenizer, text, begin, at):
+    """Whether both sides of a place make the same ids together and apart"""
+    if tokenizer is None:
+        return True
+    left = text[max(begin, at - CONTEXT):at]
+    right = text[at:at + CONTEXT]
     try:
         apart = encode(tokenizer, left) + encode(tokenizer, right)
         return encode(tokenizer, left + right) == apart
     except ValueError:                          # of a character, which is found again later
         return True
+
+
+def gives_text_back(tokenizer, text, begin, at):
+    """Whether the ids of both sides of a place, one behind the other, are the text's"""
+    left = text[max(begin, at - CONTEXT):at]
+    right = text[at:at + CONTEXT]
+    ids = encode(tokenizer, left) + encode(tokenizer, right)
+    return decode(tokenizer, ids) == left + right
+
+
+def groups(texts):
+    """Yields lists of texts that have GROUP characters or a little more together"""
+    group = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= GROUP:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group
 
 
 class Encoder:
@@ -300,28 +331,69 @@ class Encoder:
         return tiktoken.Encoding(self.name, pat_str=gpt2._pat_str,
                                  mergeable_ranks=gpt2._mergeable_ranks, special_tokens=special)
 
+    def cut(self, blocks):
+        """Blocks of a text -> yields pieces of it that are encoded each on its own"""
+        if self.table is None:
+            yield from cut(self.tokenizer, blocks)
+            return
+        for block in blocks:                    # characters can be cut anywhere
+            for begin in range(0, len(block), PIECE):
+                yield block[begin:begin + PIECE]
+
     def pieces(self, text):
-        """A text -> pieces of it that are encoded each on its own"""
         if len(text) <= 2 * PIECE:
             return [text]
-        if self.table is not None:              # characters can be cut anywhere
-            return [text[i:i + PIECE] for i in range(0, len(text), PIECE)]
-        return list(cut(self.tokenizer, [text]))
+        return list(self.cut([text]))
+
+    def encode_each(self, texts, check):
+        """As encode, texts -> (ids, None) for each, or (None, what is wrong with it)"""
+        try:
+            return [(ids, None) for ids in self.encode_whole(texts, check)]
+        except BaseException as e:
+            if not is_of_text(e):
+                raise
+        found = []
+        for text in texts:                      # which one is it?
+            try:
+                ids, = self.encode_whole([text], check)
+                found.append((ids, None))
+            except BaseException as e:
+                if not is_of_text(e):
+                    raise
+                found.append((None, in_words(e)))
+        return found
+
+    def encode_whole(self, texts, check):
+        """As encode, for texts of any length"""
+        pieces = [self.pieces(text) for text in texts]
+        made = iter(self.encode(itertools.chain.from_iterable(pieces), check))
+        found = []
+        for parts in pieces:
+            ids = [next(made) for _ in parts]
+            if len(ids) != 1:
+                ids = [np.concatenate([np.zeros(0, np.uint32), *ids])]
+            found += ids
+        return found
 
     def encode(self, texts, check):
         """texts -> an array of ids (n,) uint32 for each. ValueError unless the ids give the text
-        back; for gpt2 also unless they are what tokenizer.json makes. A text that cannot lose
-        anything is checked only where check is set"""
+        back; those of a faster way also unless they are what tokenizer.json makes. A text that
+        cannot lose anything is checked only where check is set"""
+        found = []
+        for group in groups(texts):
+            made = self.encode_group(group)
+            for text, ids in zip(group, made):
+                if check or self.may_lose(text):
+                    self.check_round_trip(text, ids.tolist())
+            found += made
+        return found
+
+    def encode_group(self, texts):
         if self.table is not None:
             return [self.characters(text) for text in texts]
         if self.tiktoken is not None:
-            made = [self.tiktoken.encode_to_numpy(text, **self.options) for text in texts]
-        else:
-            made = self.encode_batch(texts)
-        for text, ids in zip(texts, made):
-            if check or self.may_lose(text):
-                self.check_round_trip(text, ids.tolist())
-        return made
+            return [self.tiktoken.encode_to_numpy(text, **self.options) for text in texts]
+        return self.encode_batch(texts)
 
     def encode_batch(self, texts):
         try:
@@ -341,6 +413,8 @@ class Encoder:
         return self.table[points].astype(np.uint32)
 
     def may_lose(self, text):
+        if self.table is not None:              # where each character has its own id
+            return False
         if self.lost is None:
             return True
         data = text.encode()
@@ -354,9 +428,24 @@ class Encoder:
                 f"tokenizer '{self.name}' does not give the text back: behind "
                 f'{text[max(at - 20, 0):at]!r} {text[at:at + 20]!r} becomes {back[at:at + 20]!r};'
                 ' take another, such as bpe:1024')
-        if self.tiktoken is not None and encode(self.tokenizer, text) != ids:
-            raise ValueError(f"tokenizer '{self.name}': tokenizer.json and tiktoken disagree on "
-                             f'{text[:80]!r}')
+        other_way = self.table is not None or self.tiktoken is not None
+        if other_way and encode(self.tokenizer, text) != ids:
+            raise ValueError(f"tokenizer '{self.name}': tokenizer.json makes other ids than the "
+                             f'faster way for {text[:80]!r}')
+
+
+def is_of_text(error):
+    """Whether it is the text's fault, whatever a tokenizer made of it. A panic in Rust is no
+    Exception; a lack of memory is the machine's."""
+    if isinstance(error, MemoryError):
+        return False
+    return isinstance(error, Exception) or type(error).__name__ == 'PanicException'
+
+
+def in_words(error):
+    if isinstance(error, ValueError):
+        return str(error)
+    return f'{type(error).__name__}: {error}'
 
 
 def character_table(tokenizer):
@@ -370,26 +459,36 @@ def character_table(tokenizer):
 
 def lost_bytes(tokenizer):
     """The bytes that a BPE of bytes has no token for, where it is proven that it loses nothing
-    else: nothing comes before it that changes a text, no added token is found in a text, and
-    nothing but its bytes comes back. Else None: every text is to be checked."""
+    else. Else None: every text is to be checked."""
     parts = json.loads(tokenizer.to_str())
-    model = parts['model']
-    before = parts['pre_tokenizer'] or {'type': None}
-    steps = before.get('pretokenizers', [before])
     for token in parts['added_tokens']:
-        plain = not (token['lstrip'] or token['rstrip'] or token['single_word'])
-        if not token['special'] or not plain:
+        strips = token['lstrip'] or token['rstrip'] or token['single_word']
+        if strips or not token['special']:      # which is found in a text
             return None
-    plain_model = (
-        model['type'] == 'BPE' and not model.get('dropout') and not model.get('byte_fallback')
-        and not model.get('continuing_subword_prefix') and not model.get('end_of_word_suffix'))
-    byte_level_last = steps[-1]['type'] == 'ByteLevel'
-    known_steps = all(step['type'] in ('ByteLevel', 'Digits')
-                      and not step.get('add_prefix_space') for step in steps)
-    decoder = parts['decoder'] or {'type': None}
-    if (plain_model and byte_level_last and known_steps and decoder['type'] == 'ByteLevel'
-            and not parts['normalizer']):
-        missing = [byte for byte, letter in byte_letters().items()
-                   if tokenizer.token_to_id(letter) is None]
-        return bytes(missing)
-    return None
+    vocab = tokenizer.get_vocab(with_added_tokens=True)
+    one_to_one = len(set(vocab.values())) == len(vocab)
+    if not (one_to_one and is_plain_byte_level(parts)):
+        return None
+    letters = byte_letters()
+    return bytes(byte for byte in letters if tokenizer.token_to_id(letters[byte]) is None)
+
+
+def is_plain_byte_level(parts):
+    """Whether a tokenizer.json is a BPE of bytes and nothing that changes a text is in front of
+    it or behind it. What is not named here is not understood."""
+    model = parts['model']
+    special = ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'byte_fallback',
+               'ignore_merges')
+    if model['type'] != 'BPE' or any(model.get(name) for name in special):
+        return False
+    if parts['normalizer']:
+        return False
+    nothing = {'type': None}
+    first = parts['pre_tokenizer'] or nothing
+    *before, last = first.get('pretokenizers', [first])
+    if last['type'] != 'ByteLevel' or last.get('add_prefix_space') is not False:
+        return False
+    if any(step['type'] != 'Digits' for step in before):
+        return False
+    decoder = parts['decoder'] or nothing
+    return decoder['type'] == 'ByteLevel'

@@ -37,8 +37,8 @@ class Workers:
     def result(self, job):
         try:
             return job.result()
-        except BrokenProcessPool as e:
-            raise OSError('a worker process died, perhaps for lack of memory; --workers=1 needs '
+        except (BrokenProcessPool, MemoryError) as e:
+            raise OSError('the workers died, or had not enough memory; --workers=1 needs '
                           'least') from e
 
     def close(self):

@@ -32,7 +32,11 @@ class Progress:
     def go_on(self):
         """Cuts the files to what counts -> hashes of the documents until then. OSError where
         there is less"""
-        sizes = {'seen.bin': 8 * self.state['seen']}
+        self.cut_files()
+        return np.fromfile(self.folder / 'seen.bin', np.uint64)
+
+    def cut_files(self):
+        sizes = {'seen.bin': 8 * self.kept}
         for split, of_split in self.state['splits'].items():
             for shard in range(len(of_split['crc'])):
                 tokens = min(of_split['tokens'] - shard * self.shard, self.shard)
@@ -40,17 +44,21 @@ class Progress:
         for file in self.folder.glob('*.bin'):
             if file.name not in sizes:
                 file.unlink()
+                self.touched.discard(file)
         for name, size in sizes.items():
             with open(self.folder / name, 'ab') as f:
                 if f.tell() < size:
                     raise OSError(f'{name} has {f.tell()} bytes, not {size}')
                 f.truncate(size)
-        return np.fromfile(self.folder / 'seen.bin', np.uint64)
+
+    def of_split(self, split):
+        """{tokens, bytes, documents, crc: checksum of each file} of a split, to be changed"""
+        nothing = {'tokens': 0, 'bytes': 0, 'documents': 0, 'crc': []}
+        return self.state['splits'].setdefault(split, nothing)
 
     def append(self, split, ids, size, documents):
         """ids (n,) of so many documents, whose text has size bytes"""
-        of_split = self.state['splits'].setdefault(
-            split, {'tokens': 0, 'bytes': 0, 'documents': 0, 'crc': []})
+        of_split = self.of_split(split)
         while len(ids):
             shard, used = divmod(of_split['tokens'], self.shard)
             part = ids[:self.shard - used].astype(self.dtype).tobytes()
