@@ -35,6 +35,7 @@ from nanoseek.pieces import (BadDocument, Seen, batches, copy_of, encode_pieces,
 from nanoseek.sources import HUB, open_source, source_name
 from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, char_tokenizer, gpt2_tokenizer,
                                 load_tokenizer, other_tokenizer, parse_tokenizer, train_bpe)
+from nanoseek.tokenizer import decode, encode  # noqa: F401  # scripts import them from here
 from nanoseek.tokens import SPLITS, VERSION, TokenData
 from nanoseek.workers import Workers
 from nanoseek.writing import Progress, move, pack
@@ -171,7 +172,7 @@ def fill_or_keep(s, source, meta, progress, seen):
             shutil.rmtree(work, ignore_errors=True)
             raise
         note = f'the same command goes on from what is in {work}'
-        if '--bad_documents' in str(e):
+        if '--bad_documents' in str(e):         # it says what would leave the document out
             note = f'with that it goes on from what is in {work}'
         if isinstance(e, (OSError, ValueError)):
             raise type(e)(f'{e}; {note}') from e
