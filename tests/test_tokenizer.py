@@ -68,7 +68,7 @@ def test_pieces_of_a_usual_text_give_the_ids_of_the_whole_in_any_blocks():
 
 
 def test_a_bpe_is_trained_on_short_words_and_usual_texts_are_as_they_were():
-    chinese = '日本語中文' * 200 + '，' + '没有空格' * 300 + '。'    # by its punctuation, no white space
+    chinese = '日本語中文' * 200 + '，' + '没有空格' * 300 + '。'    # no white space
     texts = [words(1000), 'a' * 999 + ' ' + 'b' * 999, chinese * 20, ('x' * 2000 + '\n') * 9]
     assert list(own.short_words(texts)) == texts
     dna = ''.join(random.Random(0).choices('ACGT', k=100_000))
