@@ -309,7 +309,7 @@ def reason_to_stop(s, caught):
 
 def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, save,
           writer, found, caught, peak_flops):
-    """The loop. amp: makes the context of a forward pass; forward: what is called in the model's
+    """The loop -> where the run stands at its end. amp: makes the context of a forward pass; forward: what is called in the model's
     place; save: hands a checkpoint to writer; found: the checkpoint that the run goes on from;
     caught: names of signals; peak_flops: FLOP/s of all devices together"""
     batch = sequences_per_step(s, dist)
@@ -423,6 +423,7 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
         log.say(f'{reason or "another rank"}: stopped after step {progress.step}; the same command '
                 'goes on from here')
     log.close()
+    return progress
 
 
 def save(s, dist, device, data, model, optimizer, scaler, identity, companions, writer, progress,

@@ -82,7 +82,7 @@ def checksums(ranks, model, optimizer):
 def watched(**given):
     ranks, progress = given['dist'], given['progress']
     position[0] = progress.step + progress.skipped
-    loop(**given)
+    progress = loop(**given)
     found, end = [None] * ranks.world, [progress.step, progress.skipped, progress.rollbacks]
     dist.all_gather_object(found, [*end, checksums(ranks, given['model'], given['optimizer'])])
     if rank == 0:
