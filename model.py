@@ -734,7 +734,7 @@ class Transformer(nn.Module):
                 cache = None
                 new = idx[:, -(size + 1) // 2:]
             if cache is None:
-                cache = Cache(self.config, len(idx), size + 1, self.head, dtype)  # never full
+                cache = Cache(self.config, len(idx), size + 1, idx, dtype)      # never full
             with ops.decoding_kernels(new.numel()):
                 h, _ = self.hidden(new, cache)
                 logits = F.linear(h[:, -1], self.head).float()                         # (B, V)
