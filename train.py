@@ -310,8 +310,9 @@ def reason_to_stop(s, caught):
 def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progress, log, save,
           writer, found, caught, peak_flops):
     """The loop -> where the run stands at its end. amp: makes the context of a forward pass;
-    forward: what is called in the model's place; save: hands a checkpoint to writer; found: the checkpoint that the run goes on from;
-    caught: names of signals; peak_flops: FLOP/s of all devices together"""
+    forward: what is called in the model's place; save: hands a checkpoint to writer; found: the
+    checkpoint that the run goes on from; caught: names of signals; peak_flops: FLOP/s of all
+    devices together"""
     batch = sequences_per_step(s, dist)
     micro_steps = batch // (s.batch_size * dist.world)
     tokens = batch * s.block_size           # of a step
