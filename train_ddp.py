@@ -10,6 +10,7 @@ global_batch_size is set. Without GPUs the ranks are processes on the CPU and ta
 import nanoseek.tuning  # noqa: F401  # first: it acts before torch is loaded
 
 import datetime
+import gc
 import os
 import sys
 import warnings
@@ -155,6 +156,13 @@ class Ranks:
         x = x.to(like.device)
         return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
+    def close(self):
+        """The end of a run. DDP's reducer goes before the group: as its last owner it would end it
+        with Python's lock held, and wait forever for a thread of gloo's that wants the lock"""
+        self.model = None
+        gc.collect()
+        dist.destroy_process_group()
+
 
 def restarts():
     """How often torchrun has started the workers again"""
@@ -231,7 +239,7 @@ def main():
         s, model_settings = load_settings()
         ranks = Ranks(s)
     train.main(s, model_settings, ranks, errors)
-    dist.destroy_process_group()
+    ranks.close()
 
 
 if __name__ == '__main__':

@@ -539,3 +539,24 @@ def test_an_out_dir_that_vanishes_in_a_run_is_made_again(tmp_path, data):
     status, out, error = end(process)
     assert checkpoint.newest(tmp_path / 'out', no).name == 'step-000040', (out, error)
     assert status == 0
+
+
+@pytest.mark.slow
+def test_ranks_have_one_lock_and_a_signal_to_one_of_them_stops_all(tmp_path, data):
+    start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+             HERE / 'train_ddp.py', *TINY, f'--dataset={data}', '--log_interval=100']
+    first = subprocess.Popen([*start, '--max_steps=10000000'], cwd=tmp_path, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    steps_taken(tmp_path, first)
+    second = subprocess.run([*start, '--max_steps=9'], cwd=tmp_path, capture_output=True,
+                            text=True, timeout=120)
+    assert second.returncode != 0
+    assert second.stderr.count('train_ddp.py: out is being written by process ') == 1
+    children = Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    status, out, error = end(first)
+    assert status == 0, error
+    stopped_at_step = re.search(r'(SIGUSR1|another rank): stopped after step (\d+);', out)
+    found = checkpoint.newest(tmp_path / 'out', no)
+    assert checkpoint.step_of(found) == int(stopped_at_step[2])
+    assert not (tmp_path / 'out/.lock').exists()
