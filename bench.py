@@ -378,7 +378,10 @@ def measure(s, t, given, folder):
     device, dtype = pick_device(t)
     if t.fp8:
         check_fp8(t.fp8, device, dtype)
-    c = Config(**{'vocab_size': 256, **{k: v for k, v in given.items() if k != 'vocab_size' or v}})
+    init = train.init_folder(t) if t.init_from else None
+    c = train.model_config(train.chosen(given), init, None)
+    alone = train.OneDevice()
+    train.fit_settings(t, c, dtype, alone.room(device), alone)      # batch_size=0
     found = {'machine': machine(device, dtype), 'settings': {**asdict(s), **asdict(t), **asdict(c)},
              'model': architecture(c)}
     estimate, measured = sum(memory_estimate(Transformer, c, t, dtype, device.type)), measured_memory(t, c)

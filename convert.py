@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -725,8 +726,10 @@ def main(s, source, idx, held):
 
 
 if __name__ == '__main__':
-    with config.user_errors():
-        given, = config.load(Settings, positional='model out_dir', usage=__doc__)
-        settings = Settings(**given)
-        planned = plan(settings)
-    main(settings, *planned)
+    with ExitStack() as held:
+        with config.user_errors():
+            given, = config.load(Settings, positional='model out_dir', usage=__doc__)
+            settings = Settings(**given)
+            planned = plan(settings)
+            held.enter_context(files.lock(settings.out_dir))
+        main(settings, *planned)

@@ -46,7 +46,7 @@ class Config:
     head_dim: int = 0                       # d, for gqa and linear; 0: hidden_size / heads
     max_position_embeddings: int = 2048     # the longest context
     rope_theta: float = 10000.0             # RoPE's base
-    rope_scaling: dict | None = None        # YaRN, as in config.json: {'rope_type': 'yarn', ...}
+    rope_scaling: dict | None = None        # as in config.json: {'rope_type': 'yarn', ...}
     rms_norm_eps: float = 1e-6              # RMSNorm's epsilon
     tie_word_embeddings: bool = True        # one matrix for the embedding and the head
     initializer_range: float = 0.02         # standard deviation of the initial weights
@@ -113,11 +113,19 @@ class Config:
         if getattr(self, rotated) % 2:
             self.refuse(rotated, 'must be even, because RoPE turns pairs')
         if self.rope_scaling:
-            yarn = self.rope_scaling.get('rope_type') == 'yarn'
-            needed = {'factor', 'original_max_position_embeddings'}
-            if not yarn or not needed <= self.rope_scaling.keys():
-                self.refuse('rope_scaling', 'must be yarn, with factor and '
-                                            'original_max_position_embeddings')
+            self.check_rope_scaling()
+
+    def check_rope_scaling(self):
+        kind = self.rope_scaling.get('rope_type')
+        if kind not in ROPE_SCALING:
+            known = ', '.join(ROPE_SCALING)
+            raise ValueError(f'impossible model: rope_scaling with rope_type={kind!r}: must be '
+                             f'one of {known}')
+        _, needed = ROPE_SCALING[kind]
+        for name in needed:
+            if name not in self.rope_scaling:
+                raise ValueError(f'impossible model: rope_scaling of rope_type={kind!r} lacks '
+                                 f'{name}')
 
     def check_experts(self):
         experts = self.n_routed_experts
@@ -172,7 +180,8 @@ def rope_table(config, dim):
     freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2).float() / dim)        # (dim/2,)
     scale = 1.0
     if config.rope_scaling:
-        freq, scale = yarn(freq, config.rope_theta, config.rope_scaling)
+        rescale, _ = ROPE_SCALING[config.rope_scaling['rope_type']]
+        freq, scale = rescale(freq, config.rope_theta, config.rope_scaling)
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
     return torch.stack((angle.cos(), angle.sin())) * scale
 
@@ -206,6 +215,29 @@ def yarn_mscale(factor, mscale):
     if factor <= 1:
         return 1.0
     return 0.1 * mscale * math.log(factor) + 1.0
+
+
+def linear(freq, theta, settings):
+    """Positions closer together, so that `factor` times as many fit."""
+    return freq / settings['factor'], 1.0
+
+
+def llama3(freq, theta, settings):
+    """As in Llama 3.1: what turns more than high_freq_factor times within the original context
+    is kept, what turns less than low_freq_factor times is stretched."""
+    turns = settings['original_max_position_embeddings'] * freq / (2 * math.pi)      # (dim/2,)
+    low = settings['low_freq_factor']
+    high = settings['high_freq_factor']
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return freq / settings['factor'] * (1 - kept) + freq * kept, 1.0
+
+
+LENGTHS = ('factor', 'original_max_position_embeddings')
+ROPE_SCALING = {        # rope_type -> function, the settings that it needs
+    'linear': (linear, ('factor',)),
+    'llama3': (llama3, (*LENGTHS, 'low_freq_factor', 'high_freq_factor')),
+    'yarn': (yarn, LENGTHS),
+}
 
 
 def rotate_halves(x, rope):

@@ -531,6 +531,7 @@ def finish(s, source, meta, progress, out):
         print(f'the first: {first_bad(state)}')
     if progress.folder != work:
         shutil.copy(work / 'tokenizer.json', progress.folder)
+        progress.sync()
     files.write_file(progress.folder / 'meta.json', json.dumps(meta, indent=1).encode())
     move(progress.folder, out)
     shutil.rmtree(work)

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import config  # noqa: E402
 from model import Transformer  # noqa: E402
 from nanoseek import chat, checkpoint, folders  # noqa: E402
-from nanoseek.device import pick_device  # noqa: E402
+from nanoseek.device import is_out_of_memory, pick_device  # noqa: E402
 from nanoseek.tokenizer import decode, encode, load_tokenizer  # noqa: E402
 
 
@@ -198,11 +198,10 @@ def main(s):
 def in_words(error):
     """What torch raises where the machine or the model is at fault -> a line for the user. None
     for what may be a bug"""
-    text = str(error)
-    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    if memory or 'tried to allocate' in text:
+    if is_out_of_memory(error):
         return ('out of memory: take a shorter prompt, fewer --max_new_tokens, or '
                 '--dtype=bfloat16, which halves the weights and the cache')
+    text = str(error)
     if 'probability tensor' in text or 'device-side assert' in text:
         return ("the model's output is not finite: its weights are damaged, or have no place in "
                 'this dtype (--dtype=float32 has the widest range)')

@@ -250,6 +250,7 @@ def test_document_mask_equals_transformers_with_that_mask(attention, feed, tmp_p
     close(ours(idx)[0], theirs(idx, attention_mask=mask).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:flex_attention called without')
 @pytest.mark.parametrize('compiled', [False, True])
 @packings
@@ -347,6 +348,7 @@ def check_greedy(model, out, prompt, room):
     assert out[:, prompt:].unique().numel() > 5              # a model that repeats itself would prove little
 
 
+@pytest.mark.slow
 @kinds
 @pytest.mark.parametrize('room, prompt, new', [(128, 7, 20), (23, 7, 45), (23, 23, 20)])
 def test_cached_generation_equals_uncached(attention, feed, room, prompt, new):
@@ -356,6 +358,7 @@ def test_cached_generation_equals_uncached(attention, feed, room, prompt, new):
     check_greedy(model, out, prompt, room)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
 @pytest.mark.parametrize('attention, feed', [('mla', 'moe'), ('gqa', 'dense')])
 def test_compiled_decoding_gives_the_same_text_and_compiles_once(attention, feed):
@@ -565,6 +568,7 @@ def test_training_loss_is_the_sum_of_its_parts_and_eval_the_plain_one(attention,
     assert parts['mtp'] > 1 and parts.get('balance', 0) >= 0.05 * 0.9 * len(model.moe_layers)  # about alpha a layer
 
 
+@pytest.mark.slow
 def test_small_model_overfits_one_batch():
     torch.manual_seed(7)
     model = Transformer(Config(**{**SIZES, **MLA, **GROUPS, 'num_nextn_predict_layers': 1, 'num_hidden_layers': 2}))
@@ -698,6 +702,7 @@ def test_transformers_models_load_with_equal_logits_and_gradients_and_go_back(ki
     assert type(again) is type(theirs) and not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('attention, feed', [(a, f) for a in ATTENTIONS if a != 'linear' for f in FEEDS])
 @pytest.mark.parametrize('tied, mtp, lengths', [(True, 0, [7]), (False, 0, [1, 30]), (True, 1, [7]), (False, 2, [7])])
 def test_our_models_load_in_transformers_and_generate_the_same(attention, feed, tied, mtp, lengths, tmp_path):
@@ -765,6 +770,7 @@ def test_bfloat16_files_keep_float32_router_biases(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- SmolLM2-135M, itself
 
+@pytest.mark.slow
 def test_smollm2_has_its_known_loss_and_goes_on_as_in_transformers():
     transformers, tokenizers = pytest.importorskip('transformers'), pytest.importorskip('tokenizers')
     folder, text = asset('smollm2'), Path(asset('tinyshakespeare.txt')).read_bytes().decode()[-111_540:]
@@ -781,6 +787,7 @@ def test_smollm2_has_its_known_loss_and_goes_on_as_in_transformers():
     assert torch.equal(ours.generate(ids[None, :9], 64), greedy(theirs, ids[None, :9]))
 
 
+@pytest.mark.slow
 def test_smollm2_goes_through_files_unchanged(tmp_path):
     load_file, dtypes = pytest.importorskip('safetensors.torch').load_file, (torch.float32, torch.bfloat16)
     wanted = load_file(Path(asset('smollm2')) / 'model.safetensors')
@@ -803,6 +810,7 @@ model = Transformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2
 print((status('VmHWM') - before) / sum(p.nbytes for p in model.parameters()))'''
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='/proc is of Linux')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_loading_needs_the_memory_of_the_weights_alone(dtype):

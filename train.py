@@ -28,9 +28,10 @@ from nanoseek import checkpoint, files, folders, hf, monitor, signals
 from nanoseek.card import model_card
 from nanoseek.checkpoint import checkpoints, damage  # noqa: F401  # scripts import them from here
 from nanoseek.checks import check_batch, check_logs, check_sizes, check_tokenizer
-from nanoseek.device import (check_fp8, compiled, matmul_rate, memory_limit, pick_device, to_device,
-                             to_fp8)
-from nanoseek.estimate import advice, describe, flops_per_token, memory_estimate
+from nanoseek.device import (check_fp8, compiled, is_out_of_memory, matmul_rate, memory_limit,
+                             pick_device, to_device, to_fp8, wants_compile)
+from nanoseek.estimate import describe, flops_per_token
+from nanoseek.fit import Room, Way, advice, fit
 from nanoseek.optim import learning_rate_at, make_optimizer
 from nanoseek.tokenizer import decode, encode, load_tokenizer
 from nanoseek.tokens import NoDataset, open_data
@@ -48,7 +49,7 @@ class Settings:
     dtype: Literal['auto', 'bfloat16', 'float16', 'float32'] = 'auto'  # of matmuls, not of weights
     fp8: Literal['', 'tensorwise', 'rowwise'] = ''  # FP8 outside routed experts; needs torchao
     compile: Literal['auto', True, False] = 'auto'  # torch.compile; auto: on a GPU
-    batch_size: int = 16                # sequences per device and micro-step
+    batch_size: int = 16                # sequences per device and micro-step; 0: as many as fit
     block_size: int = 256               # tokens per sequence
     doc_attention_mask: bool = False    # tokens attend to their own document only
     global_batch_size: int = 0          # sequences per step, over all ranks; 0: one micro-step
@@ -66,11 +67,11 @@ class Settings:
     grad_clip: float = 1.0              # largest norm of the gradient; 0: no limit
     gradient_checkpointing: bool = False  # layers are computed twice: less memory, a third slower
     log_interval: int = 10              # steps between progress lines
-    eval_interval: int = 250            # steps between evaluations
+    eval_interval: int = 250            # steps between evaluations; 0: none
     eval_steps: int = 0                 # micro-batches of an evaluation; 0: the whole val split
     sample_interval: int = 0            # steps between text samples; 0: none
     sample_prompt: str = '\n'           # what they begin with
-    checkpoint_interval: int = 500      # steps between checkpoints; there is always one at the end
+    checkpoint_interval: int = 500      # steps between checkpoints; 0: only one at the end
     keep_checkpoints: int = 2           # newest ones that stay, and the best; 0: all
     max_minutes: float | None = None    # stop after this time with a checkpoint; none: no limit
     max_bad_steps: int = 5              # non-finite steps in a row, then back to a checkpoint
@@ -81,12 +82,11 @@ class Settings:
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
     def __post_init__(self):
-        for name in ('batch_size', 'block_size', 'log_interval', 'eval_interval',
-                     'checkpoint_interval', 'max_bad_steps'):
+        for name in ('block_size', 'log_interval', 'max_bad_steps'):
             self.require(name, getattr(self, name) >= 1, 'at least 1')
-        for name in ('global_batch_size', 'max_steps', 'warmup_steps', 'eval_steps',
-                     'sample_interval', 'keep_checkpoints', 'max_rollbacks', 'grad_clip',
-                     'weight_decay'):
+        for name in ('batch_size', 'global_batch_size', 'max_steps', 'warmup_steps',
+                     'eval_interval', 'eval_steps', 'sample_interval', 'checkpoint_interval',
+                     'keep_checkpoints', 'max_rollbacks', 'grad_clip', 'weight_decay'):
             self.require(name, getattr(self, name) >= 0, 'at least 0')
         for name in ('learning_rate', 'eps'):
             self.require(name, getattr(self, name) > 0, 'above 0')
@@ -94,6 +94,9 @@ class Settings:
             self.require(name, 0 <= getattr(self, name) <= 1, 'at least 0 and at most 1')
         for name in ('beta1', 'beta2'):
             self.require(name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
+        if self.batch_size == 0 and self.global_batch_size == 0:
+            raise ValueError('batch_size=0: as many sequences as fit, of those that '
+                             'global_batch_size must say, such as --global_batch_size=32')
 
     def require(self, name, holds, limit):
         if not holds:
@@ -107,6 +110,11 @@ class OneDevice:
     world = 1           # number of ranks
     device = None       # the rank's own; None: as the settings say
     sharded = False     # whether a rank has only a part of each parameter
+    shardings = [False]     # what sharded may be
+
+    def room(self, device):
+        """The memory that the rank may use"""
+        return Room(memory_limit(device), device)
 
     def wrap(self, model):
         """-> what is called in the model's place"""
@@ -172,27 +180,23 @@ def model_config(given, folder, data):
     return Config(**{**tokens, **given})
 
 
-def build_model(s, given, found, data):
+def build_model(s, given, c, found, data):
     """-> the model in float32 on the CPU: that of the checkpoint found, else init_from's, else a
-    fresh one"""
-    folder = found
-    if not found and s.init_from:
-        folder = init_folder(s)
-    c = model_config(given, folder, data)
-    check_sizes(s, c, data)
+    fresh one. c: the Config that is asked for"""
     torch.manual_seed(s.seed)
-    if not folder:
+    if found:
+        model = Transformer.from_pretrained(found)
+        for name in given:
+            checkpoint.check_same(found, name, getattr(model.config, name), getattr(c, name))
+        return model
+    if not s.init_from:
         return Transformer(c)
-    if not found:
-        check_tokenizer(s, folder, data)
-        own = hf.read_config(Config, folder).rope_theta
-        if c.rope_theta != own:     # weights are worthless with another one
-            warn(f'rope_theta={c.rope_theta:g}, but {folder} was trained with {own:g}')
-        return Transformer.from_pretrained(folder, **given)
-    model = Transformer.from_pretrained(found)
-    for name in given:
-        checkpoint.check_same(found, name, getattr(model.config, name), getattr(c, name))
-    return model
+    folder = init_folder(s)
+    check_tokenizer(s, folder, data)
+    own = hf.read_config(Config, folder).rope_theta
+    if c.rope_theta != own:     # weights are worthless with another one
+        warn(f'rope_theta={c.rope_theta:g}, but {folder} was trained with {own:g}')
+    return Transformer.from_pretrained(folder, **given)
 
 
 def init_folder(s):
@@ -200,16 +204,50 @@ def init_folder(s):
     return folders.hub_folder(checkpoint.of_run(s.init_from), folders.MODEL_FILES)
 
 
+def fit_settings(s, c, dtype, room, dist):
+    """Settles batch_size=0 and parallel=auto, before any work -> what a step of one rank needs, as
+    memory_estimate has it, and a line about it or None. ValueError where nothing fits"""
+    way, memory, line = dist.first(partial(fit, Transformer, c, s, dtype, room, dist.shardings))
+    if s.batch_size == 0:       # an evaluation's micro-batches are of global_batch_size then
+        s.eval_steps *= s.global_batch_size // way.batch_size
+    s.batch_size = way.batch_size
+    s.gradient_checkpointing = way.twice
+    dist.sharded = way.sharded
+    return memory, line
+
+
 def open_checked(s, dist):
     """-> the dataset. ValueError where it is damaged, or too short for block_size"""
     data = open_data(s.dataset)
     for split in ('train', 'val'):
         data.windows(split, s.block_size)
-    if s.sample_interval:
-        encode(load_tokenizer(data.directory), s.sample_prompt)
     if dist.rank == 0:
         data.check()
     return data
+
+
+def settle_prompt(s, data):
+    """A config's sample_prompt may be in letters that the dataset does not have: then samples begin
+    as the validation split does -> a line that says so, or None. ValueError where the prompt was
+    given on the command line"""
+    if s.sample_interval == 0:
+        return None
+    tokenizer = load_tokenizer(data.directory)
+    try:
+        encode(tokenizer, s.sample_prompt)
+        return None
+    except ValueError as e:
+        problem = f'sample_prompt={s.sample_prompt!r}: {e}'
+    if config.on_command_line('sample_prompt'):
+        raise ValueError(problem)
+    source, _ = next(iter(data.sources.values()))
+    ids, _ = source.eval_batch('val', 0, 1, s.block_size)
+    text = decode(tokenizer, ids[0, :64].tolist())
+    lines = [line for line in text.splitlines() if line.strip()]
+    s.sample_prompt = '\n'
+    if lines:
+        s.sample_prompt = lines[0]
+    return f'{problem}; samples begin with {s.sample_prompt!r}, from the validation split'
 
 
 # ------------------------------------------------------------------- what the loop looks at
@@ -304,6 +342,12 @@ def reason_to_stop(s, caught):
     return None
 
 
+def is_due(interval, step, last):
+    """Whether something that comes every so many steps, and after the last one, comes now; with an
+    interval of 0 it never does"""
+    return interval > 0 and (step % interval == 0 or last)
+
+
 # --------------------------------------------------------------------------------- the run
 
 
@@ -319,6 +363,7 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
     flops = tokens * flops_per_token(model, s.block_size)
     tokenizer = load_tokenizer(data.directory)
     first_step = progress.step + 1
+    compiles = wants_compile(s, device)     # the first step may still compile a part
     timed_from = progress.step      # ms of a step are a mean since then
     clock = time.perf_counter()
     means = {}                      # the losses of the last progress line
@@ -384,7 +429,7 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
         # What is said and saved
         last = progress.step == s.max_steps or stop
         first = progress.step == first_step
-        if good and (progress.step % s.log_interval == 0 or first or last):
+        if good and (is_due(s.log_interval, progress.step, last) or first):
             ms = (time.perf_counter() - clock) * 1e3 / (progress.step - timed_from)
             means = {name: dist.mean(value) for name, value in losses.items()}
             entry = {
@@ -393,14 +438,14 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
                 **monitor.speed_entry(ms, tokens, flops / peak_flops, device),
                 **monitor.load_entry(load),
                 **monitor.data_entry(data, s.block_size, batch * (position + 1))}
-            log.say(monitor.progress_line(entry, s.max_steps, first))
+            log.say(monitor.progress_line(entry, s.max_steps, first and compiles))
             log.add(**entry)
             timed_from = progress.step
             clock = time.perf_counter()
 
         paused = time.perf_counter()
         val_loss = None
-        if progress.step % s.eval_interval == 0 or last:
+        if is_due(s.eval_interval, progress.step, last):
             evaluated = validate(model, data, s, device, amp, dist)
             val_loss = evaluated['val_loss']
             progress.about = {'training': means.get('main', math.nan), 'validation': val_loss,
@@ -408,9 +453,9 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
             log.say(monitor.validation_line(progress.step, evaluated))
             log.add(step=progress.step, elapsed_s=elapsed(), **evaluated,
                     **monitor.all_loads(load))
-        if s.sample_interval > 0 and (progress.step % s.sample_interval == 0 or last):
+        if is_due(s.sample_interval, progress.step, last):
             log.say(f'--- sample\n{sample_text(model, tokenizer, s, device, amp)}\n---')
-        if progress.step % s.checkpoint_interval == 0 or last:
+        if is_due(s.checkpoint_interval, progress.step, last) or last:
             say_written(log, writer, pause)     # waits for the one before
             pause = save(progress, val_loss)
         elif writer.job is not None and writer.job.done():
@@ -507,8 +552,9 @@ def go_back(back, dist, device, model, optimizer, scaler, progress, log):
     return new
 
 
-def start(s, dist, device, dtype, data, model, found, identity, companions):
-    """Makes what the loop works with, and starts it. found: the checkpoint that model is from"""
+def start(s, dist, device, dtype, data, model, found, identity, companions, about):
+    """Makes what the loop works with, and starts it. found: the checkpoint that model is from;
+    about: lines that say what is trained"""
     model.to(device).train()
     model.gradient_checkpointing = s.gradient_checkpointing
     model.doc_attention_mask = s.doc_attention_mask
@@ -528,13 +574,11 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
     # No mistake of the user's can stop the run any more: what it replaces goes
     dist.first(partial(checkpoint.clear, s.out_dir, found, progress.step))
     log = open_log(s, dist, progress.step, model.config)
-    memory = memory_estimate(Transformer, model.config, s, dtype, device.type)
-    for line in describe(Transformer, model.config, s, memory):
-        log.say(line)
+    for line in about:
+        if line is not None:
+            log.say(line)
     if found:
         log.say(f'going on from {found}')
-    if not dist.sharded and sum(memory) > memory_limit(device):
-        log.say(f'this may not fit: {advice(Transformer, model.config, s, dtype, device)}')
     forward, problem = compiled(model, forward, s, device, amp)
     if problem:
         log.say(f'{problem}: going on without it')
@@ -554,6 +598,12 @@ def start(s, dist, device, dtype, data, model, found, identity, companions):
               optimizer=optimizer, scaler=scaler, progress=progress, log=log, save=save_now,
               writer=writer, found=found, caught=caught, peak_flops=rate * dist.world)
     signals.restore(handlers)
+
+
+def less_memory(s, c, dtype, room, dist):
+    """What the run needs, what there is, and settings that need less"""
+    way = Way(s.batch_size, s.gradient_checkpointing, dist.sharded)
+    return advice(Transformer, c, s, dtype, room, way)
 
 
 def open_log(s, dist, step, c):
@@ -577,8 +627,16 @@ def show_model(s, given):
     with suppress(NoDataset):
         data = open_data(s.dataset)
     c = model_config(chosen(given), folder, data)
-    memory = memory_estimate(Transformer, c, s, dtype, device.type)
+    alone = OneDevice()
+    room = alone.room(device)
+    try:
+        memory, line = fit_settings(s, c, dtype, room, alone)
+    except ValueError:          # nothing fits: then one sequence, to see how much is missing
+        s.batch_size = 1
+        memory, line = fit_settings(s, c, dtype, room, alone)
     print(*describe(Transformer, c, s, memory), sep='\n')
+    if line is not None:
+        print(line)
     return c, dtype, memory
 
 
@@ -593,29 +651,39 @@ def main(s, given, dist, errors=config.user_errors):
             if s.fp8:
                 check_fp8(s.fp8, device, dtype)
             data = open_checked(s, dist)
+            prompt_line = settle_prompt(s, data)
             if dist.rank == 0:
                 held.enter_context(files.lock(s.out_dir))
             identity = {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
                         'batch': sequences_per_step(s, dist), 'data': data.fingerprint()}
             find = partial(checkpoint.find, s.resume, s.out_dir, identity, warn)
             found = dist.first(find)
-            model = build_model(s, chosen(given), found, data)
+            folder = found
+            if not found and s.init_from:
+                folder = init_folder(s)
+            c = model_config(chosen(given), folder, data)
+            check_sizes(s, c, data)
+            room = dist.room(device)
+            memory, line = fit_settings(s, c, dtype, room, dist)
+            model = build_model(s, chosen(given), c, found, data)
             if s.fp8:
                 to_fp8(model, s.fp8)
             companions = read_companions(s, found)
-        c = model.config
+            about = [*describe(Transformer, c, s, memory), line, prompt_line]
         try:
-            start(s, dist, device, dtype, data, model, found, identity, companions)
+            start(s, dist, device, dtype, data, model, found, identity, companions, about)
             return
         except OSError as e:        # a full disk
             problem = str(e)
+            if e.filename is None and s.out_dir not in problem:
+                problem = f'{s.out_dir}: {problem}'
         except (MemoryError, RuntimeError) as e:
             if not is_out_of_memory(e):
                 raise
             problem = None
         if problem is None:
             del model               # with all that fills the memory
-            problem = f'out of memory: {advice(Transformer, c, s, dtype, device)}'
+            problem = f'out of memory: {less_memory(s, c, dtype, room, dist)}'
         warn(f'{Path(sys.argv[0]).name}: {problem}')
         sys.exit(2)
 
@@ -636,10 +704,6 @@ def read_companions(s, found):
     if s.init_from:
         return folders.read_companions(init_folder(s))
     return {}
-
-
-def is_out_of_memory(e):
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or 'allocate memory' in str(e)
 
 
 if __name__ == '__main__':

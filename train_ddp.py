@@ -30,13 +30,17 @@ import config
 import train
 from model import Config, Transformer
 from nanoseek.checkpoint import checkpoints
-from nanoseek.device import pick_device
+from nanoseek.device import memory_limit, pick_device
+from nanoseek.fit import Room, sharded_memory
+
+
+Parallel = Literal['auto', 'ddp', 'fsdp']
 
 
 @dataclass
 class Settings(train.Settings):
     """Training settings"""
-    parallel: Literal['ddp', 'fsdp'] = 'ddp'  # ddp: every device has all; fsdp: a part of all
+    parallel: Parallel = 'auto'         # ddp: all devices have all; fsdp: parts; auto: what fits
     timeout_minutes: float = 10.0       # a rank that waits longer for the others ends the run
 
 
@@ -46,13 +50,19 @@ class Ranks:
     def __init__(self, s):
         self.rank = int(os.environ['RANK'])
         self.world = int(os.environ['WORLD_SIZE'])
-        self.sharded = s.parallel == 'fsdp'
+        self.local = int(os.environ['LOCAL_WORLD_SIZE'])    # ranks of this machine
         on_gpus = torch.cuda.is_available() and s.device in ('auto', 'cuda')
         if on_gpus:
             self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         else:
             self.device = torch.device('cpu')
         _, self.dtype = pick_device(s, self.device)
+        self.shardings = [False, True]
+        if s.parallel != 'auto':
+            self.shardings = [s.parallel == 'fsdp']
+        elif self.dtype == torch.float16 or self.world == 1:
+            self.shardings = [False]
+        self.sharded = self.shardings[0]
         if self.sharded and self.dtype == torch.float16:
             raise ValueError('parallel=fsdp, dtype=float16: its scaler sees one shard only; take '
                              'bfloat16 or float32')
@@ -73,6 +83,15 @@ class Ranks:
             dist.init_process_group('nccl', device_id=self.device, **options)
         else:
             dist.init_process_group('gloo', **options)
+
+    def room(self, device):
+        """The memory that a rank may use: as much as the one that has least"""
+        ranks = 1
+        if device.type == 'cpu':
+            ranks = self.local
+        limit = torch.tensor(memory_limit(device, ranks), dtype=torch.float64, device=device)
+        dist.all_reduce(limit, dist.ReduceOp.MIN)
+        return Room(limit.item(), device, self.world, self.local)
 
     def wrap(self, model):
         """-> what is called in the model's place"""
@@ -104,10 +123,9 @@ class Ranks:
     def mesh(self):
         """The devices. Each of several nodes has all shards, so that only gradients travel between
         nodes (hybrid sharding)"""
-        here = int(os.environ['LOCAL_WORLD_SIZE'])
-        if here == self.world:
-            return init_device_mesh(self.device.type, (here,), mesh_dim_names=('devices',))
-        shape = (self.world // here, here)
+        if self.local == self.world:
+            return init_device_mesh(self.device.type, (self.world,), mesh_dim_names=('devices',))
+        shape = (self.world // self.local, self.local)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=('nodes', 'devices'))
 
     def accumulate(self, last):
@@ -180,11 +198,6 @@ def costs(s, c, dtype, memory):
     size = 2                    # bytes of a parameter that computes
     if dtype == torch.float32:
         size = 4
-    block = max(sum(p.numel() for p in layer.parameters()) for layer in model.model.layers)
-    ends = model.head.numel()
-    if not c.tie_word_embeddings:
-        ends *= 2
-    whole = 2 * block + ends    # parameters that are together at a time: this block and the next
     yield 'devices | micro-steps | ddp: memory, sent per step | fsdp: memory, sent per step (GB)'
     for n in (2 ** i for i in range(10)):
         local = min(n, 8)           # shards are in a node of eight
@@ -194,9 +207,7 @@ def costs(s, c, dtype, memory):
             batch = s.batch_size * n
         micro = max(batch // (s.batch_size * n), 1)
         copies = states + activations
-        sharded = states / local + activations
-        if n > 1:
-            sharded += (size + 4) * whole
+        sharded = sharded_memory(Transformer, c, dtype, states, activations, local)
         ddp_sent = 8 * P * (n - 1) / n
         in_node = (2 * size + 4) * (local - 1) / local
         between = 8 / local * (nodes - 1) / nodes
@@ -223,6 +234,7 @@ def load_settings():
 @contextmanager
 def silent_errors():
     """config.user_errors of the other ranks of a node: one line is enough"""
+    config.guard_output()
     try:
         yield
     except (ValueError, OSError):

@@ -145,6 +145,11 @@ def load(*classes, argv=None, positional='', usage=''):
     return found
 
 
+def on_command_line(name):
+    """Whether a setting is given there, rather than in a config file"""
+    return any(arg.partition('=')[0] == f'--{name}' for arg in sys.argv[1:])
+
+
 def check_text(argv):
     """ValueError where an argument is bytes that Python could not read as text (it keeps them as
     surrogates, which no file in UTF-8 can hold)"""

@@ -1,6 +1,9 @@
-# nanoGPT's shakespeare_char.py, on a GPU: 10,646,784 parameters, about as many, with as many tokens a step, but Muon.
-# Meant for `python prepare.py tinyshakespeare`; aims at nanoGPT's 1.4697 nats per character on the validation split.
-# The settings are tinyshakespeare.py's, scaled; they have not been measured on a GPU yet. Needs about 3 GB there.
+# nanoGPT's shakespeare_char.py, on a GPU: 10,646,784 parameters, about as many, with as many
+# tokens a step, but Muon.
+# Meant for `python prepare.py tinyshakespeare`; aims at nanoGPT's 1.4697 nats per character on
+# the validation split. The settings are tinyshakespeare.py's, scaled; they have not been measured
+# on a GPU yet.
+# Needs about 3 GB there.
 out_dir = 'out/shakespeare_gpu'
 dataset = 'tinyshakespeare'
 

@@ -1,8 +1,12 @@
-# DeepSeek-V3's parts on SmolLM2-135M's backbone: MLA with a latent of 128, and in each of the 30 layers one shared and
-# three routed experts of SmolLM2's own width, two of which are active. 372.9M parameters, 293.3M active per token.
-# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 25 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=64.
-# rope_theta is not named: 10000, DeepSeek-V3's, or with --init_from that of the weights (see convert.py).
+# DeepSeek-V3's parts on SmolLM2-135M's backbone: MLA with a latent of 128, and in each of the 30
+# layers one shared and three routed experts of SmolLM2's own width, two of which are active.
+# 372.9M parameters, 293.3M active per token.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its
+# 49,152 tokens.
+# Needs 8 GB at least and 25 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits
+# here. On a CPU try --block_size=64.
+# rope_theta is not named: 10000, DeepSeek-V3's, or with --init_from that of the weights (see
+# convert.py).
 # Expect a cache of 160 values per token and layer, where SmolLM2-135M keeps 384.
 out_dir = 'out/smol135'
 dataset = 'shakespeare'
@@ -15,7 +19,8 @@ num_attention_heads = 9
 kv_lora_rank = 128
 qk_nope_head_dim = 32
 qk_rope_head_dim = 32
-v_head_dim = 64                         # dn + dr = dv = 64, which every fused attention kernel takes as it is
+# dn + dr = dv = 64, which every fused attention kernel takes as it is
+v_head_dim = 64
 n_shared_experts = 1
 n_routed_experts = 3
 num_experts_per_tok = 2
@@ -25,13 +30,13 @@ max_position_embeddings = 8192
 rms_norm_eps = 1e-5
 initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
 
-batch_size = 4
+batch_size = 0                          # as many as fit
 block_size = 2048
-global_batch_size = 32                  # accumulates 8 micro-steps on one device, 2 on four
+global_batch_size = 32                  # sequences of a step, over all devices
 learning_rate = 1e-3
 warmup_steps = 1000
 max_steps = 20000
 eval_interval = 500
-eval_steps = 50
+eval_steps = 6
 checkpoint_interval = 1000
 sample_interval = 1000

@@ -1,7 +1,10 @@
-# SmolLM2-135M itself: Llama architecture, GQA (9 query heads on 3 key/value heads), tied. 134,515,008 parameters.
-# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 11 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch.
-# Expect the baseline that smol135.py and smol774.py are to be compared with: same backbone, same tokens.
+# SmolLM2-135M itself: Llama architecture, GQA (9 query heads on 3 key/value heads), tied.
+# 134,515,008 parameters.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its
+# 49,152 tokens.
+# Needs about 11 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits here.
+# Expect the baseline that smol135.py and smol774.py are to be compared with: same backbone, same
+# tokens.
 out_dir = 'out/smol135-dense'
 dataset = 'shakespeare'
 
@@ -17,15 +20,15 @@ rope_theta = 100000.0
 rms_norm_eps = 1e-5
 initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
 
-batch_size = 4
+batch_size = 0                          # as many as fit
 block_size = 2048
-global_batch_size = 32                  # accumulates 8 micro-steps on one device, 2 on four
+global_batch_size = 32                  # sequences of a step, over all devices
 learning_rate = 3e-3
 schedule = 'wsd'                        # as SmolLM2 was trained
 warmup_steps = 2000
 max_steps = 20000
 weight_decay = 0.01
 eval_interval = 500
-eval_steps = 50
+eval_steps = 6
 checkpoint_interval = 1000
 sample_interval = 1000

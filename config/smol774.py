@@ -1,8 +1,12 @@
-# SmolLM2-135M's backbone with eight routed experts and one shared of width 1536, top-2, and an 8 times smaller latent:
-# 72 values for keys and values (and 32 for the rotated key) where the hidden state has 576. 774M parameters.
-# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its 49,152 tokens.
-# Needs about 32 GB for 4 x 2048 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=32.
-# The run is 10,000 steps, and 100 more from its last checkpoint: the same command again with --max_steps=10100.
+# SmolLM2-135M's backbone with eight routed experts and one shared of width 1536, top-2, and an 8
+# times smaller latent: 72 values for keys and values (and 32 for the rotated key) where the
+# hidden state has 576. 774M parameters.
+# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its
+# 49,152 tokens.
+# Needs about 32 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits here. On a CPU
+# try --block_size=32.
+# The run is 10,000 steps, and 100 more from its last checkpoint: the same command again with
+# --max_steps=10100.
 out_dir = 'out/smol774'
 dataset = 'shakespeare'
 
@@ -25,7 +29,7 @@ rope_theta = 100000.0
 rms_norm_eps = 1e-5
 initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
 
-batch_size = 4
+batch_size = 0                          # as many as fit
 block_size = 2048
 global_batch_size = 32
 learning_rate = 3e-3
@@ -34,7 +38,7 @@ weight_decay = 0.01
 grad_clip = 1.0
 max_steps = 10000
 eval_interval = 500
-eval_steps = 50
+eval_steps = 6
 checkpoint_interval = 500
 sample_interval = 500
 sample_prompt = 'Before we proceed'

@@ -1,8 +1,10 @@
-# DeepSeek-V3's shape for 80 GB and more: 24 layers of hidden size 2048, the first one dense, 64 routed experts of width
-# 512 (4 active) and a shared one, MLA with a q LoRA of 1536 and a latent of 512, DeepSeek-V3's vocabulary.
-# 5.69B parameters, 1.35B active per token.
-# Meant for fineweb-edu with DeepSeek-V3's tokenizer (129,280 tokens); runs on any dataset with a smaller vocabulary.
-# Needs 91 GB for weights, gradients and AdamW in float32 alone: one GPU of 141 GB, or several with sharding.
+# DeepSeek-V3's shape for 80 GB and more: 24 layers of hidden size 2048, the first one dense, 64
+# routed experts of width 512 (4 active) and a shared one, MLA with a q LoRA of 1536 and a latent
+# of 512, DeepSeek-V3's vocabulary. 5.69B parameters, 1.35B active per token.
+# Meant for fineweb-edu with DeepSeek-V3's tokenizer (129,280 tokens); runs on any dataset with a
+# smaller vocabulary.
+# Needs 91 GB for weights, gradients and AdamW in float32 alone: one GPU of 141 GB, or several
+# with sharding.
 # Expect nothing yet: this configuration has been counted here, and not trained.
 out_dir = 'out/v3-mini'
 dataset = 'shakespeare'
@@ -27,7 +29,7 @@ tie_word_embeddings = False
 initializer_range = 0.006
 max_position_embeddings = 4096
 
-batch_size = 1
+batch_size = 0                          # as many as fit
 block_size = 2048
 global_batch_size = 64
 gradient_checkpointing = True
@@ -35,5 +37,5 @@ learning_rate = 4e-4
 warmup_steps = 2000
 max_steps = 50000
 eval_interval = 1000
-eval_steps = 50
+eval_steps = 1
 checkpoint_interval = 1000

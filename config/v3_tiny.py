@@ -1,7 +1,10 @@
-# DeepSeek-V3's shape for one small GPU: MLA with q LoRA, one dense layer and then eleven with eight routed experts
-# (2 active) and a shared one, loss-free balancing, one MTP layer. 0.14B parameters.
-# Meant for a tokenizer of 32,000 tokens trained on the corpus (--tokenizer=bpe:32000); runs on any smaller vocabulary.
-# Needs about 8 GB for 8 x 1024 tokens; `--max_steps=0` prints it for your batch. On a CPU try --block_size=64.
+# DeepSeek-V3's shape for one small GPU: MLA with q LoRA, one dense layer and then eleven with
+# eight routed experts (2 active) and a shared one, loss-free balancing, one MTP layer. 0.14B
+# parameters.
+# Meant for a tokenizer of 32,000 tokens trained on the corpus (--tokenizer=bpe:32000); runs on
+# any smaller vocabulary.
+# Needs about 8 GB for 8 x 1024 tokens at a time; `--max_steps=0` prints what fits here. On a CPU
+# try --block_size=64.
 # Expect the place to try a change to DeepSeek's recipe before paying for it at scale.
 out_dir = 'out/v3-tiny'
 dataset = 'shakespeare'
@@ -27,13 +30,13 @@ tie_word_embeddings = False
 initializer_range = 0.02
 max_position_embeddings = 4096
 
-batch_size = 8
+batch_size = 0                          # as many as fit
 block_size = 1024
 global_batch_size = 64
 learning_rate = 1e-3
 warmup_steps = 500
 max_steps = 10000
 eval_interval = 500
-eval_steps = 50
+eval_steps = 6
 checkpoint_interval = 1000
 sample_interval = 1000

@@ -17,16 +17,21 @@ def check_logs(s):
 
 def check_batch(s, world):
     """global_batch_size and what a micro-step of all ranks takes of it"""
-    rows = s.batch_size * world
+    devices = 'device' if world == 1 else 'devices'
+    if s.batch_size:
+        rows = s.batch_size * world
+        of = f'batch_size={s.batch_size} x {world} {devices}'
+    else:
+        rows = world
+        of = f'{world} {devices}'
     if s.global_batch_size % rows == 0:
         return
     below = s.global_batch_size // rows * rows
     near = f'{below + rows}'
     if below > 0:
         near = f'{below} or {below + rows}'
-    devices = 'device' if world == 1 else 'devices'
-    raise ValueError(f'global_batch_size={s.global_batch_size}: must be a multiple of batch_size='
-                     f'{s.batch_size} x {world} {devices}, such as {near}')
+    raise ValueError(f'global_batch_size={s.global_batch_size}: must be a multiple of {of}, such '
+                     f'as {near}')
 
 
 def check_sizes(s, c, data):

@@ -1,4 +1,5 @@
 """The device that computes: which one, what it can do, how fast it is, how much memory it has."""
+import contextlib
 import importlib.util
 import math
 import os
@@ -136,6 +137,14 @@ def compiled(model, forward, s, device, amp):
 # ------------------------------------------------------------------------ memory
 
 
+def is_out_of_memory(error):
+    """Whether an error says so, of whatever layer of torch's"""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return 'allocate memory' in text or 'tried to allocate' in text
+
+
 def peak_memory(device):
     """MB that this process has needed at most, on the GPU or in RAM; 0 where nobody counts"""
     if device.type == 'cuda':
@@ -150,23 +159,50 @@ def peak_memory(device):
     return peak / 2 ** 10
 
 
-def memory_limit(device):
-    """Bytes that this process may have on the device; infinite where nobody says"""
+def memory_limit(device, ranks=1):
+    """Bytes that this process may have on the device; infinite where nobody says. On a GPU that is
+    what is free now; on a CPU, the processes (ranks) of this machine share its memory"""
     if device.type == 'cuda':
-        _, total = torch.cuda.mem_get_info(device)
-        return total
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)    # the latter is this process's own
     try:
         import resource
     except ImportError:         # Windows
         return math.inf
-    limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')]
+    limits = [os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), *container_limits()]
+    limits = [limit / ranks for limit in limits]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space > 0:
         limits.append(address_space)
-    container = Path('/sys/fs/cgroup/memory.max')
-    if container.exists():
-        text = container.read_text(encoding='utf-8').strip()
-        if text.isdigit():      # 'max' where there is no limit
-            limits.append(int(text))
     python_and_torch = 2 ** 29
     return min(limits) - python_and_torch
+
+
+def container_limits(root=Path('/')):
+    """-> bytes that the containers (cgroups) around this process may have, of version 2 and 1.
+    A container sees its own limit at the top, a Slurm job somewhere below"""
+    try:
+        lines = (root / 'proc/self/cgroup').read_text(encoding='utf-8').splitlines()
+    except OSError:             # not Linux
+        return []
+    files = []
+    for line in lines:
+        _, controllers, group = line.split(':', 2)      # '0::/slice/job', '4:memory:/job'
+        if controllers == '':
+            top = root / 'sys/fs/cgroup'
+            name = 'memory.max'
+        elif 'memory' in controllers.split(','):
+            top = root / 'sys/fs/cgroup/memory'
+            name = 'memory.limit_in_bytes'
+        else:
+            continue
+        inner = top / group.strip('/')
+        files.append(top / name)
+        for folder in (inner, *inner.parents):
+            if top in folder.parents:
+                files.append(folder / name)
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError, ValueError):      # 'max' is no limit
+            found.append(int(file.read_text(encoding='utf-8')))
+    return found

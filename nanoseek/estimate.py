@@ -2,7 +2,6 @@
 
 Where a model has to be made, model_class (model.Transformer) is what makes it from a Config."""
 import weakref
-from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -11,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanoseek.device import memory_limit
 from nanoseek.hf import architecture_class
 from nanoseek.optim import make_optimizer
 
@@ -129,43 +127,6 @@ def memory_estimate(model_class, c, s, dtype, device_type):
     if device_type == 'cpu':
         return states, activations + update
     return states, max(activations, update)
-
-
-def advice(model_class, c, s, dtype, device):
-    """What a step needs, what the device has, and settings that would need less"""
-    def megabytes(**changes):
-        changed = replace(s, **changes)
-        return sum(memory_estimate(model_class, c, changed, dtype, device.type)) / 2**20
-
-    def smaller(name, least):
-        """The largest half, quarter... of a setting that is enough; else the smallest there is"""
-        size = getattr(s, name) // 2
-        while size // 2 >= least and megabytes(**{name: size}) > enough:
-            size //= 2
-        return size
-
-    need = megabytes()
-    have = memory_limit(device) / 2**20
-    enough = min(0.9 * have, 0.8 * need)
-    found = []
-    if s.batch_size > 1:
-        size = smaller('batch_size', 1)
-        whole = s.global_batch_size
-        if whole == 0:
-            whole = s.batch_size
-        found.append(f'--batch_size={size} --global_batch_size={whole} '
-                     f'({megabytes(batch_size=size):,.0f} MB)')
-    shortest = 1 + c.num_nextn_predict_layers
-    if s.block_size // 2 >= shortest:
-        size = smaller('block_size', shortest)
-        found.append(f'--block_size={size} ({megabytes(block_size=size):,.0f} MB)')
-    if not s.gradient_checkpointing:
-        less = megabytes(gradient_checkpointing=True)
-        found.append(f'--gradient_checkpointing=true ({less:,.0f} MB)')
-    if not found:
-        found.append('a smaller model')
-    return (f'{s.batch_size} x {s.block_size} tokens need about {need:,.0f} MB, {device} has '
-            f'{have:,.0f}; less: {", ".join(found)}')
 
 
 # ------------------------------------------------------------------------- words

@@ -1,8 +1,8 @@
 """Hugging Face's format: config.json <-> Config, safetensors <-> parameters. (What else is in a
 model's folder is in folders.py, which needs no torch.)
 
-Three classes of transformers are what our models are there: Llama, Glm4Moe and DeepseekV3.
-Nothing in a folder is executed, and pickles are not read.
+Three classes of transformers are what our models are there: Llama, Glm4Moe and DeepseekV3; more
+can be read (kinds.py). Nothing in a folder is executed, and pickles are not read.
 """
 import logging
 import re
@@ -15,45 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nanoseek.folders import read_json, write_json
+from nanoseek.kinds import (ALIASES, CLASSES, DIFFERENT, EVERY_DEFAULT, INDEXED, OURS,
+                            READABLE)
 from nanoseek.unmapped import UnmappedSafetensors
 
 log = logging.getLogger(__name__)               # a warning is a line on stderr
 
 # ------------------------------------------------------------------------------ config.json
 
-CLASSES = {'llama': 'LlamaForCausalLM',
-           'glm4_moe': 'Glm4MoeForCausalLM',
-           'deepseek_v3': 'DeepseekV3ForCausalLM'}
-OURS = 'nanoseek_'          # begins a model_type that Hugging Face has no class for
-
 MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
 MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok',
             'moe_intermediate_size', 'first_k_dense_replace', 'n_group', 'topk_group',
             'norm_topk_prob', 'routed_scaling_factor'}
-
-# What a config.json without the key means, by the config classes of transformers 5
-EVERY_DEFAULT = {'initializer_range': 0.02, 'tie_word_embeddings': False, 'rope_theta': 10000.0}
-DEFAULTS = {
-    'llama': {
-        **EVERY_DEFAULT, 'vocab_size': 32000, 'hidden_size': 4096, 'intermediate_size': 11008,
-        'num_hidden_layers': 32, 'num_attention_heads': 32, 'max_position_embeddings': 2048,
-        'rms_norm_eps': 1e-6, 'bos_token_id': 1, 'eos_token_id': 2},
-    'glm4_moe': {
-        **EVERY_DEFAULT, 'vocab_size': 151552, 'hidden_size': 4096, 'intermediate_size': 10944,
-        'num_hidden_layers': 46, 'num_attention_heads': 96, 'num_key_value_heads': 8,
-        'max_position_embeddings': 131072, 'rms_norm_eps': 1e-5, 'n_routed_experts': 128,
-        'n_shared_experts': 1, 'num_experts_per_tok': 8, 'moe_intermediate_size': 1408,
-        'first_k_dense_replace': 1, 'n_group': 1, 'topk_group': 1, 'norm_topk_prob': True,
-        'routed_scaling_factor': 1.0, 'partial_rotary_factor': 0.5},
-    'deepseek_v3': {
-        **EVERY_DEFAULT, 'vocab_size': 129280, 'hidden_size': 7168, 'intermediate_size': 18432,
-        'num_hidden_layers': 61, 'num_attention_heads': 128, 'max_position_embeddings': 4096,
-        'rms_norm_eps': 1e-6, 'q_lora_rank': 1536, 'kv_lora_rank': 512,
-        'qk_nope_head_dim': 128, 'qk_rope_head_dim': 64, 'v_head_dim': 128,
-        'n_routed_experts': 256, 'n_shared_experts': 1, 'num_experts_per_tok': 8,
-        'moe_intermediate_size': 2048, 'first_k_dense_replace': 3, 'n_group': 8,
-        'topk_group': 4, 'norm_topk_prob': True, 'routed_scaling_factor': 2.5,
-        'num_nextn_predict_layers': 1, 'bos_token_id': 0, 'eos_token_id': 1}}
 
 # null says: none, or what follows from the rest
 NULLABLE = {'head_dim', 'num_key_value_heads', 'q_lora_rank', 'rope_scaling', 'bos_token_id',
@@ -126,11 +99,9 @@ def config_fields(values, names):
     """config.json's dict -> {name: value} for the fields of Config that names lists, where it
     says them. ValueError that names what our models cannot represent."""
     kind = values.get('model_type')
-    if kind not in CLASSES and not str(kind).startswith(OURS):
-        known = ', '.join(CLASSES)
-        raise ValueError(f'model_type={kind!r}: must be one of {known}')
+    attention, defaults = readable(kind)
     rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
-    values = {**DEFAULTS.get(kind, EVERY_DEFAULT), **values, **rope}
+    values = {**defaults, **with_our_names(values), **rope}
     for name, value in ONLY.items():
         if values.get(name, value) != value:
             raise ValueError(f'{name}={values[name]!r}: this model can represent {value!r} only')
@@ -143,13 +114,16 @@ def config_fields(values, names):
     for name in ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads'):
         if name not in found:                       # of a kind of ours, which has no defaults
             raise ValueError(f'{name} is missing')
-    found['attention'] = {'llama': 'gqa', 'glm4_moe': 'gqa', 'deepseek_v3': 'mla'}.get(kind)
-    if found['attention'] is None:
-        found['attention'] = kind.removeprefix(OURS)
+    found['attention'] = attention
+    if values.get('mlp_layer_types'):
+        found['first_k_dense_replace'] = leading_dense(values['mlp_layer_types'])
     layers = found['num_hidden_layers'] + found.get('num_nextn_predict_layers', 0)
     if found.get('first_k_dense_replace', 0) >= layers:
         found['n_routed_experts'] = 0
+    if found.get('n_routed_experts', 0) == 0:
         found['first_k_dense_replace'] = 0
+    if kind in INDEXED and values['index_topk'] < found['max_position_embeddings']:
+        found['max_position_embeddings'] = values['index_topk']     # from there on it is another
     found.pop('rope_scaling', None)
     scaling = rope_scaling(rope)
     if scaling:
@@ -157,11 +131,43 @@ def config_fields(values, names):
     return found
 
 
+def readable(kind):
+    """model_type -> the attention of such a model, what its config.json means without a key"""
+    if str(kind).startswith(OURS):
+        return kind.removeprefix(OURS), EVERY_DEFAULT
+    if kind in DIFFERENT:
+        raise ValueError(f'model_type={kind!r} is another model: {DIFFERENT[kind]}')
+    if kind not in READABLE:
+        known = ', '.join(READABLE)
+        raise ValueError(f'model_type={kind!r}: must be one of {known}')
+    return READABLE[kind]
+
+
+def with_our_names(values):
+    """A config.json's dict, with our keys for those of other names"""
+    found = {}
+    for name, value in values.items():
+        if ALIASES.get(name, name) not in values:
+            name = ALIASES[name]
+        found[name] = value
+    return found
+
+
+def leading_dense(kinds):
+    """mlp_layer_types, 'dense' or 'sparse' for each layer -> how many dense ones lead"""
+    count = kinds.count('dense')
+    if kinds != ['dense'] * count + ['sparse'] * (len(kinds) - count):
+        raise ValueError('mlp_layer_types: dense layers behind sparse ones are not supported')
+    return count
+
+
 def rope_scaling(rope):
     """What config.json says of RoPE -> Config.rope_scaling, or None for the default RoPE."""
     kind = rope.get('rope_type') or rope.get('type') or 'default'
     if kind == 'default':
         return None
+    if kind == 'deepseek_yarn':                     # as Sarvam's first config.json calls it
+        kind = 'yarn'
     other = ('rope_theta', 'partial_rotary_factor', 'type')
     return {**{k: v for k, v in rope.items() if k not in other}, 'rope_type': kind}
 
@@ -322,6 +328,10 @@ def from_pretrained(model_class, config_class, directory, dtype=torch.float32, *
     config = read_config(config_class, directory, **overrides)
     own_config = read_config(config_class, directory)
     weights = Weights(directory)
+    if read_json(directory / 'config.json').get('model_type') in INDEXED:
+        log.warning(f'{directory}: equal to the original up to a context of '
+                    f'{own_config.max_position_embeddings:,} tokens; above that the original '
+                    'attends to some of them only')
     has_mtp = f'model.layers.{own_config.num_hidden_layers}.eh_proj.weight' in weights.shapes
     if own_config.num_nextn_predict_layers and not has_mtp:
         own_config = replace(own_config, num_nextn_predict_layers=0)
@@ -372,11 +382,14 @@ def check_leftovers(model, own_config, model_class, weights):
     if own_config != model.config:                      # the caller asked for another model
         with torch.device('meta'):
             known |= set(named_views(model_class(own_config)))
+    kind = read_json(weights.directory / 'config.json').get('model_type')
+    indexed = kind in INDEXED
     for name in weights.shapes:
         layer = re.match(r'model\.layers\.\d+\.', name)
         mtp = layer is not None and f'{layer[0]}eh_proj.weight' in weights.shapes
         harmless = name == 'lm_head.weight' or name.endswith('rotary_emb.inv_freq')
-        if name not in known and not mtp and not harmless:
+        indexer = indexed and '.self_attn.indexer.' in name
+        if name not in known and not mtp and not harmless and not indexer:
             raise ValueError(f'{weights.directory}: {name} has no place in a '
                              f'{architecture_class(own_config)}: this is another model')
 

@@ -162,12 +162,12 @@ def clock(seconds):
     return f'{hours}:{minutes:02}:{seconds:02}'
 
 
-def progress_line(entry, max_steps, is_first):
-    """entry: a step's line of metrics.jsonl -> the line for people. Of the first step of a process
-    nobody can tell how long the others will take: its time is also that of compiling"""
+def progress_line(entry, max_steps, is_compiling=False):
+    """entry: a step's line of metrics.jsonl -> the line for people. is_compiling: its time says
+    nothing about that of the other steps"""
     seconds_left = (max_steps - entry['step']) * entry['step_ms'] / 1e3
     eta = clock(seconds_left)
-    if is_first and seconds_left > 0:
+    if is_compiling and seconds_left > 0:
         eta = '-:--:--'
     parts = [
         f'step {entry["step"]:6d}/{max_steps}',

@@ -81,10 +81,15 @@ class Progress:
             f.write(np.array(self.hashes[:count], np.uint64).tobytes())
         del self.hashes[:count]                 # the same list, to which documents() appends
         self.kept = self.state['seen']
-        for file in (*self.touched, seen):
+        self.touched.add(seen)
+        self.sync()
+        files.write_file(self.folder / 'progress.json', json.dumps(self.state).encode())
+
+    def sync(self):
+        """Waits until what was appended is on the disk"""
+        for file in self.touched:
             files.sync(file)
         self.touched = set()
-        files.write_file(self.folder / 'progress.json', json.dumps(self.state).encode())
 
     def tokens(self):
         return sum(of_split['tokens'] for of_split in self.state['splits'].values())

@@ -15,7 +15,7 @@ import pytest
 import config
 import train
 from model import Config, Transformer
-from nanoseek import monitor
+from nanoseek import fit, monitor
 from nanoseek.estimate import memory_estimate
 
 
@@ -60,7 +60,7 @@ def train_here(folder, *args):
         patch.chdir(folder)
         patch.setattr(sys, 'argv', ['train.py', *map(str, args)])
         patch.setattr(train, 'STARTED', time.time())
-        patch.setattr(train, 'memory_estimate', remembered)
+        patch.setattr(fit, 'memory_estimate', remembered)
         patch.setattr(train, 'matmul_rate', lambda device, dtype: 1e11)     # seconds in float16
         try:
             with config.user_errors():

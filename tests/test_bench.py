@@ -52,6 +52,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_json_has_every_row(found):
     assert found['machine']['device'] == 'cpu' and found['settings']['optimizer'] == 'muon'
     rows = [r['name'] for r in found['training']]
@@ -121,6 +122,7 @@ def test_cache_bytes_are_those_of_a_cache():
         assert row['bytes_per_token'] * 128 == sum(b.numel() * 2 for layer in cache.layers for b in layer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('option, words', (('--vs=nowhere', 'vs=nowhere'), ('--contexts=8,', 'contexts=8,'),
                                            ('--new_tokens=1', 'at least 2')))
 def test_a_mistake_is_one_line(tmp_path, option, words):
@@ -128,6 +130,7 @@ def test_a_mistake_is_one_line(tmp_path, option, words):
     assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1 and words in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_called_compiled_that_is_not(tmp_path):
     done = run(tmp_path, *TINY, '--compile=true', CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert done.returncode == 2 and not done.stdout

@@ -365,6 +365,7 @@ def stopped_at(folder):
     return name, int(step)
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_its_terminal_stops_with_a_checkpoint(tmp_path, data):
     ours, theirs = pty.openpty()
     process = begin(tmp_path, data, '--max_steps=100000', patch=SLOWLY, stdin=theirs,
@@ -399,6 +400,7 @@ def test_signals_stop_a_run_with_a_checkpoint_unless_ignored_from_the_start(tmp_
         assert checkpoint.step_of(checkpoint.newest(tmp_path / 'out', no)) == step + 20
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_out_dir_is_refused_and_a_killed_one_is_not_in_the_way(tmp_path,
                                                                                        data):
     first = begin(tmp_path, data, '--max_steps=100000', '--checkpoint_interval=5',
@@ -549,7 +551,7 @@ def test_ranks_have_one_lock_and_a_signal_to_one_of_them_stops_all(tmp_path, dat
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     steps_taken(tmp_path, first)
     second = subprocess.run([*start, '--max_steps=9'], cwd=tmp_path, capture_output=True,
-                            text=True, timeout=120)
+                            text=True, timeout=300)
     assert second.returncode != 0
     assert second.stderr.count('train_ddp.py: out is being written by process ') == 1
     children = Path(f'/proc/{first.pid}/task/{first.pid}/children').read_text().split()

@@ -122,6 +122,7 @@ def train(dataset, **settings):
     return subprocess.Popen([sys.executable, HERE / 'train.py', *args], **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['pipe', 'terminal'])
 def test_training_goes_on_without_a_terminal_and_its_log_says_so(dataset, tmp_path, how):
     ours, theirs = pty.openpty() if how == 'terminal' else os.pipe()

@@ -244,6 +244,7 @@ def test_nothing_but_an_earlier_conversion_is_replaced(folder):
         run(folder / 'dense', folder / 'new', '--n_routed_experts=4')
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_and_status_2(folder):
     result = subprocess.run([sys.executable, HERE / 'convert.py', folder / 'dense', folder / 'new', '--attention=mla'],
                             capture_output=True, text=True)
@@ -251,6 +252,7 @@ def test_a_mistake_is_one_line_and_status_2(folder):
     assert result.stderr.startswith('convert.py: attention=mla: a latent is fitted to text')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bytes_that_fit', [100, 20_000])
 def test_a_full_disk_is_one_line_and_leaves_what_there_was(folder, bytes_that_fit):
     run(folder / 'dense', folder / 'new', '--n_routed_experts=4')
@@ -276,6 +278,7 @@ def test_other_models_are_refused(folder):
 
 
 # ------------------------------------------------------------------------------------------------------ real weights
+@pytest.mark.slow
 def test_smollm2_becomes_experts_and_exact_mla(tmp_path):
     model = Transformer.from_pretrained(asset('smollm2')).eval()
     text = Path(asset('tinyshakespeare.txt')).read_text()[:400]
@@ -291,6 +294,7 @@ def test_smollm2_becomes_experts_and_exact_mla(tmp_path):
     torch.testing.assert_close(in_transformers(tmp_path / 'exact', idx), want, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_smollm2_survives_a_latent_of_128(tmp_path):
     """In closed form, on few tokens: nowhere near random weights' 10.9 nats, and near what it was"""
     stages = run(asset('smollm2'), tmp_path / 'mla', '--attention=mla', '--fit_steps=0', '--calibration_tokens=4096',
@@ -302,6 +306,7 @@ def test_smollm2_survives_a_latent_of_128(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- training
+@pytest.mark.slow
 def test_the_healing_config_trains_a_converted_model_on(folder):
     run(folder / 'dense', folder / 'new', '--attention=mla', *FITS, '--n_routed_experts=3',
         '--n_shared_experts=1', f'--calibration={folder / "text.txt"}', '--block_size=32',

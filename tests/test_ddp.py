@@ -14,6 +14,9 @@ from nanoseek.hf import named_views
 from model import Transformer
 from support import hooks, train_here
 
+# One process takes all, as they share the torchruns of the fixtures
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group('ddp')]
+
 HERE = Path(train.__file__).resolve().parent
 TINY = ['--hidden_size=32', '--num_hidden_layers=2', '--num_attention_heads=2', '--max_position_embeddings=32',
         '--initializer_range=0.1', '--block_size=32', '--batch_size=2', '--global_batch_size=8', '--max_steps=20',
@@ -35,8 +38,9 @@ sys.path[:0] = [{str(HERE)!r}, {str(HERE / 'tests')!r}]
 import torch
 import torch.distributed as dist
 import train
+from nanoseek import fit
 from support import hooks
-train.memory_estimate, train.matmul_rate = lambda *_: (1, 1), lambda *_: 1e11      # seconds of every start
+fit.memory_estimate, train.matmul_rate = lambda *_: (1, 1), lambda *_: 1e11        # seconds of every start
 loop, catch, init, destroy = train.train, train.signals.catch, dist.init_process_group, dist.destroy_process_group
 dist.init_process_group = lambda *args, **kw: dist.is_initialized() or init(*args, **kw)
 dist.destroy_process_group = lambda: None
@@ -115,7 +119,7 @@ def job(place, name, *args, fault=None):
     return {'folder': str(place / name), 'args': args, **({'fault': fault} if fault else {})}
 
 
-def torchrun(place, world, *jobs, restarts=0, timeout=100):
+def torchrun(place, world, *jobs, restarts=0, timeout=300):
     """All jobs, one after the other -> the ended torchrun, with its seconds"""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={world}',
                f'--max-restarts={restarts}', str(place / 'worker.py'), json.dumps(jobs)]

@@ -1,5 +1,5 @@
-"""Tests of nanoseek/device.py: dtypes and limits of devices that are made up where there is none, and
-float8 against products of matrices that were rounded by hand."""
+"""Tests of nanoseek/device.py: dtypes and limits of devices that are made up where there is none,
+and float8 against products of matrices that were rounded by hand."""
 import math
 import sys
 
@@ -8,7 +8,8 @@ import torch
 
 from model import Config, Transformer
 from nanoseek import device as devices
-from nanoseek.device import check_fp8, memory_limit, peak_memory, pick_device, to_fp8
+from nanoseek.device import (check_fp8, container_limits, memory_limit, peak_memory, pick_device,
+                             to_fp8)
 from nanoseek.optim import parameter_groups
 from train import Settings
 
@@ -31,18 +32,46 @@ def test_a_device_that_is_not_there_is_refused_with_one_that_is():
     assert pick_device(Settings(device='quantum', dtype='float32'), CPU) == (CPU, torch.float32)
 
 
-def test_limits_of_a_container_and_of_the_address_space_count(tmp_path, monkeypatch):
+def tree(root, **files):
+    """Files with their texts, in a folder that is taken for / ; __ in a name is /"""
+    for name, text in files.items():
+        path = root / name.replace('__', '/')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding='utf-8')
+
+
+def test_limits_of_containers_count_wherever_they_are(tmp_path):
+    assert container_limits(tmp_path) == []                     # not Linux
+    v2 = tmp_path / 'v2'
+    tree(v2, proc__self__cgroup='0::/job/step\n', sys__fs__cgroup__job__step__tasks='')
+    assert container_limits(v2) == []
+    (v2 / 'sys/fs/cgroup/memory.max').write_text('max\n')
+    assert container_limits(v2) == []
+    (v2 / 'sys/fs/cgroup/memory.max').write_text('9000\n')      # as a container sees its own
+    assert container_limits(v2) == [9000]
+    (v2 / 'sys/fs/cgroup/job/memory.max').write_text('8000\n')  # as Slurm has it
+    (v2 / 'sys/fs/cgroup/job/step/memory.max').write_text('max\n')
+    assert sorted(container_limits(v2)) == [8000, 9000]
+    v1 = tmp_path / 'v1'
+    tree(v1, proc__self__cgroup='5:cpu,cpuacct:/docker/1\n4:memory:/docker/1\n1:name=systemd:/\n')
+    memory = v1 / 'sys/fs/cgroup/memory'
+    (memory / 'docker/1').mkdir(parents=True)
+    (memory / 'memory.limit_in_bytes').write_text('7000\n')
+    (memory / 'docker/1/memory.limit_in_bytes').write_text('6000\n')
+    assert sorted(container_limits(v1)) == [6000, 7000]
+
+
+def test_ranks_share_a_machine_and_its_container_but_not_their_address_spaces(monkeypatch):
     resource = pytest.importorskip('resource')
-    container = tmp_path / 'memory.max'
-    monkeypatch.setattr(devices, 'Path', lambda name: container)
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (-1, -1))
-    unlimited = memory_limit(CPU)
-    container.write_text('max\n')
-    assert memory_limit(CPU) == unlimited > 0
-    container.write_text(f'{2**30}\n')
-    assert memory_limit(CPU) == 2**30 - 2**29
+    python = 2**29
+    alone = memory_limit(CPU)
+    assert memory_limit(CPU, 4) == pytest.approx((alone + python) / 4 - python)
+    monkeypatch.setattr(devices, 'container_limits', lambda: [2**32])
+    assert memory_limit(CPU) == 2**32 - python
+    assert memory_limit(CPU, 4) == 2**30 - python
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: (3 * 2**28, -1))
-    assert memory_limit(CPU) == 3 * 2**28 - 2**29
+    assert memory_limit(CPU, 4) == 3 * 2**28 - python
 
 
 def test_where_the_system_counts_no_memory_there_is_no_limit(monkeypatch):

@@ -1,6 +1,5 @@
 """Tests of nanoseek/estimate.py. What the estimates of a step's memory are worth is in
 tests/test_bench.py, and FLOPs are counted in test_model.py."""
-import re
 from dataclasses import replace
 
 import pytest
@@ -8,10 +7,9 @@ import torch
 
 from model import Config, Transformer
 from nanoseek import estimate
-from nanoseek.estimate import Live, advice, memory_estimate, parameter_table
+from nanoseek.estimate import Live, memory_estimate, parameter_table
 from train import Settings
 
-CPU = torch.device('cpu')
 MODEL = Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=5,
                n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=3,
@@ -72,28 +70,6 @@ def test_an_estimate_leaves_random_numbers_alone_and_is_smaller_for_less():
     assert torch.get_rng_state().equal(before)
     for changes in (dict(batch_size=4), dict(block_size=32), dict(gradient_checkpointing=True)):
         assert memory(**changes)[1] < activations
-
-
-def test_advice_names_settings_that_need_less(monkeypatch):
-    s = Settings(batch_size=64, block_size=64)
-    need = sum(memory_estimate(Transformer, MODEL, s, torch.float32, 'cpu'))
-    monkeypatch.setattr(estimate, 'memory_limit', lambda device: need / 3)
-    text = advice(Transformer, MODEL, s, torch.float32, CPU)
-    found = re.fullmatch(r'64 x 64 tokens need about [\d,]+ MB, cpu has [\d,]+; less: --batch_size=(\d+) '
-                         r'--global_batch_size=64 \([\d,]+ MB\), --block_size=(\d+) \([\d,]+ MB\), '
-                         r'--gradient_checkpointing=true \([\d,]+ MB\)', text)
-    for name, size in zip(('batch_size', 'block_size'), map(int, found.groups())):
-        less = replace(s, **{name: size})
-        more = replace(s, **{name: 2 * size})
-        enough, too_much = (sum(memory_estimate(Transformer, MODEL, x, torch.float32, 'cpu'))
-                            for x in (less, more))
-        assert enough <= 0.3 * need < too_much
-
-
-def test_where_nothing_can_be_less_advice_is_a_smaller_model():
-    c = replace(MODEL, num_nextn_predict_layers=0)
-    s = Settings(batch_size=1, block_size=1, gradient_checkpointing=True)
-    assert advice(Transformer, c, s, torch.float32, CPU).endswith('; less: a smaller model')
 
 
 @pytest.mark.parametrize('changes, text', [

@@ -162,6 +162,7 @@ KINDS = {'moe-mtp-float32': TINY, 'moe-mtp-bfloat16': [*TINY, '--dtype=bfloat16'
          'accumulation': [*DENSE, '--attention=linear', '--batch_size=2', '--global_batch_size=4']}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_run_stopped_three_times_is_bit_for_bit_the_undisturbed_one(tmp_path, monkeypatch, go, kind):
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**24, growth_interval=7)     # overflows at first
@@ -209,6 +210,7 @@ def newest(folder):
     return max((int(n[5:]) for n in names(folder) if n.startswith('step-')), default=0)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(tmp_path, data, capsys):
     kills, rng, every, began = int(os.environ.get('NANOSEEK_KILLS', 5)), random.Random(1), 5, time.time()
     args = [f'--max_steps={14 * kills}', f'--checkpoint_interval={every}', '--keep_checkpoints=2', '--eval_interval=9']
@@ -241,6 +243,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(tmp_path, da
 # Signals
 
 
+@pytest.mark.slow
 def test_a_second_sigint_ends_at_once_and_the_next_run_clears_up_and_goes_on(tmp_path, data, go, stopped):
     slow = 'from nanoseek import files; sync = files.sync; files.sync = lambda path: (time.sleep(0.5), sync(path))'
     with process(tmp_path, data, *RUN, patch=slow) as p:
@@ -284,6 +287,7 @@ def recording(states):
     return hooks(backward=before, end=after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['model.embed_tokens.weight', 'model.layers.1.self_attn.o_proj.weight',
                                   'model.layers.1.mlp.experts.down_proj', 'model.norm.weight'])
 def test_a_step_with_nan_in_one_gradient_is_skipped_and_named_and_changes_nothing(tmp_path, data, go, name):
@@ -762,6 +766,7 @@ def test_a_full_disk_is_one_line_and_leaves_whole_checkpoints_and_no_others(stop
     assert content(folder, 12) == content(stopped / 'whole', 12)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_between_checkpoints_is_one_line_too(stopped, disk, data, go):
     """metrics.jsonl and train.log find no room; then all is as it would have been"""
     folder, args = disk('4000k'), ['--max_steps=40', '--checkpoint_interval=100']
@@ -796,6 +801,7 @@ def test_a_file_that_may_not_be_so_large_is_one_line_and_leaves_no_checkpoint(st
     assert names(tmp_path) == [] and go(tmp_path, *RUN).returncode == 0 and all_whole(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build's libraries alone take more address space")
 def test_out_of_memory_is_one_line_with_settings_that_do_fit(tmp_path, data):
     limit, args, env = 3 << 29, ['--max_steps=1', '--eval_steps=1'], {**os.environ, 'OMP_NUM_THREADS': '2'}
@@ -804,7 +810,7 @@ def test_out_of_memory_is_one_line_with_settings_that_do_fit(tmp_path, data):
     with start('--batch_size=2500') as p:
         out, errors = p.communicate(timeout=60)
     assert p.returncode == 2 and errors.count('\n') == 1 and not names(tmp_path), errors
-    found = re.fullmatch(r'train\.py: out of memory: 2500 x 32 tokens need about ([\d,]+) MB, cpu has 1,024; less: '
+    found = re.fullmatch(r'train\.py: out of memory: 2500 x 32 tokens need about ([\d,]+) MB of the 1,024 MB that cpu has; less: '
                          r'(--batch_size=\d+ --global_batch_size=2500) \(([\d,]+) MB\), '
                          r'--block_size=\d+ \([\d,]+ MB\), --gradient_checkpointing=true \(([\d,]+) MB\)\n', errors)
     assert found, errors
@@ -885,6 +891,7 @@ def test_plots_of_one_run_and_of_two_are_drawn_also_where_something_went_wrong(t
         assert image.shape[0] > 300 and image.shape[1] > 800 and 0.3 < white < 0.98 and image.std() > 0.05
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar_and_the_log_plain_lines(tmp_path, data):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 100, 0, 0))

@@ -302,3 +302,174 @@ def test_the_datas_rule_for_special_tokens_travels_as_transformers_has_it(tmp_pa
     assert (1 in ids) == special
     tokenizer.encode_special_tokens = not special
     assert tokenizer.encode('<|im_start|>user').ids == ids
+
+
+# ------------------------------------------------------------------------------ RoPE, scaled
+
+LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_freq_factor': 4.0,
+          'original_max_position_embeddings': 32}
+SCALED = {'linear': {'rope_type': 'linear', 'factor': 4.0}, 'llama3': LLAMA3}
+
+
+def loads_and_goes_round(theirs, folder):
+    """Their model loads with equal logits, and what we save of it loads there again"""
+    theirs.save_pretrained(folder / 'theirs')
+    ours = Transformer.from_pretrained(folder / 'theirs')
+    check_equal(ours, theirs)
+    ours.save_pretrained(folder / 'ours')
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder / 'ours').eval()
+    check_equal(ours, again)
+    return ours
+
+
+@pytest.mark.parametrize('kind', ['Llama', 'DeepseekV3'])
+@pytest.mark.parametrize('scaling', SCALED)
+def test_scaled_rope_is_that_of_transformers(tmp_path, kind, scaling):
+    rope = {**SCALED[scaling], 'rope_theta': 500.0}
+    theirs = make_theirs(kind, rope_parameters=rope, max_position_embeddings=256)
+    plain = make_theirs(kind, rope_parameters={'rope_type': 'default', 'rope_theta': 500.0})
+    difference = (logits_of(theirs) - logits_of(plain)).abs().max()
+    assert difference > 0.01 * logits_of(plain).abs().max()
+    ours = loads_and_goes_round(theirs, tmp_path)
+    angles = theirs.model.rotary_emb.inv_freq * 200
+    assert torch.allclose(ours.rope[0, 200], angles.cos(), atol=1e-5)
+
+
+@pytest.mark.parametrize('scaling', SCALED)
+def test_scaled_rope_is_read_in_its_old_spelling(tmp_path, scaling):
+    rope = {**SCALED[scaling], 'rope_theta': 500.0}
+    theirs = make_theirs('Llama', rope_parameters=rope)
+    theirs.save_pretrained(tmp_path)
+    old = {('type' if k == 'rope_type' else k): v for k, v in SCALED[scaling].items()}
+    edit(tmp_path / 'config.json', rope_parameters=..., rope_theta=500.0, rope_scaling=old)
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize('rope, words', [
+    ({'rope_type': 'dynamic', 'factor': 2.0},
+     "rope_scaling with rope_type='dynamic': must be one of linear, llama3, yarn"),
+    ({'rope_type': 'llama3', 'factor': 2.0},
+     "rope_scaling of rope_type='llama3' lacks original_max_position_embeddings")])
+def test_rope_that_cannot_be_is_refused_in_words(tmp_path, rope, words):
+    make_theirs('Llama').save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', rope_parameters={**rope, 'rope_theta': 1e4})
+    with pytest.raises(ValueError) as e:
+        Transformer.from_pretrained(tmp_path)
+    assert words in str(e.value)
+    assert '{' not in str(e.value)
+
+
+# ------------------------------------------------------- built like DeepSeek-V3, named otherwise
+
+INDEXER = {'index_topk': 24, 'index_head_dim': 8, 'index_n_heads': 2}
+DENSE_FIRST = {'mlp_layer_types': ['dense', 'sparse']}
+ALIKE = {
+    'Glm4MoeLite': {**MOE, **MLA, **DENSE_FIRST, 'rms_norm_eps': 1e-5},
+    'SarvamMLA': {**MOE, **MLA, 'q_lora_rank': None},
+    'Youtu': MLA,
+    'DeepseekV32': {**MOE, **MLA, **INDEXER},
+    'GlmMoeDsa': {**MOE, **MLA, **INDEXER},
+}
+
+
+def make_alike(kind, **settings):
+    if not hasattr(transformers, f'{kind}Config'):
+        pytest.skip(f'this transformers has no {kind}')
+    torch.manual_seed(0)
+    config = getattr(transformers, f'{kind}Config')(**{**SIZES, **ALIKE[kind], **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        p.data.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize('kind', ALIKE)
+def test_models_like_deepseek_v3_load_under_their_own_names(tmp_path, kind):
+    theirs = make_alike(kind)
+    ours = loads_and_goes_round(theirs, tmp_path)
+    assert ours.config.attention == 'mla'
+    assert bool(ours.moe_layers) == (kind != 'Youtu')
+    saved = json.loads((tmp_path / 'ours/config.json').read_text(encoding='utf-8'))
+    assert saved['model_type'] == 'deepseek_v3'
+
+
+@pytest.mark.parametrize('kind', ['DeepseekV32', 'GlmMoeDsa'])
+def test_an_indexed_model_is_read_up_to_the_context_in_which_it_is_equal(tmp_path, kind, caplog):
+    theirs = make_alike(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path).eval()
+    assert ours.config.max_position_embeddings == 24
+    assert 'equal to the original up to a context of 24 tokens' in caplog.text
+    idx = torch.arange(24)[None]
+    with torch.no_grad():
+        wanted = theirs(idx).logits
+        assert (ours(idx)[0] - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        longer = Transformer.from_pretrained(tmp_path, max_position_embeddings=64).eval()
+        idx = torch.arange(40)[None]
+        assert (longer(idx)[0] - theirs(idx).logits).abs().max() > 1e-2
+
+
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
+    theirs = make_theirs('DeepseekV3')
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', model_type='kimi_k2', architectures=['KimiK2ForCausalLM'])
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+
+
+def test_sarvams_first_config_json_is_understood(tmp_path):
+    rope = {'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 16,
+            'mscale': 1.0, 'mscale_all_dim': 1.0, 'rope_theta': 1e4}
+    theirs = make_alike('SarvamMLA', rope_parameters=rope)
+    theirs.save_pretrained(tmp_path)
+    old = {**rope, 'type': 'deepseek_yarn'}
+    del old['rope_type'], old['rope_theta']
+    edit(tmp_path / 'config.json', rope_parameters=..., rope_scaling=old, rope_theta=1e4,
+         n_routed_experts=..., num_experts=8, n_shared_experts=..., num_shared_experts=1)
+    check_equal(Transformer.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize('kind', ALIKE)
+def test_their_config_json_without_a_key_means_their_class_default(tmp_path, kind):
+    if not hasattr(transformers, f'{kind}Config'):
+        pytest.skip(f'this transformers has no {kind}')
+    whole = getattr(transformers, f'{kind}Config')()
+    whole.save_pretrained(tmp_path)
+    wanted = hf.read_config(Config, tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps({'model_type': whole.model_type}))
+    found = hf.read_config(Config, tmp_path)
+    for field in fields(Config):
+        if field.name not in ('initializer_range', 'head_dim'):     # which no weights depend on
+            assert getattr(found, field.name) == getattr(wanted, field.name), field.name
+
+
+@pytest.mark.parametrize('kind', ['axk1', 'axk2', 'mistral4', 'longcat_flash', 'deepseek_v2',
+                                  'deepseek_v4', 'sarvam_moe', 'kimi_linear'])
+def test_what_only_looks_alike_is_refused_by_name(tmp_path, kind):
+    make_theirs('DeepseekV3').save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', model_type=kind)
+    with pytest.raises(ValueError, match=f"model_type='{kind}' is another model: \\w+ "):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_dense_layers_behind_sparse_ones_are_refused(tmp_path):
+    make_alike('Glm4MoeLite').save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', mlp_layer_types=['sparse', 'dense'])
+    with pytest.raises(ValueError, match='dense layers behind sparse ones are not supported'):
+        Transformer.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- MTP layers in transformers
+
+def test_transformers_drafts_with_our_mtp_layer_once_it_is_told_which_one_it_is(tmp_path):
+    if not hasattr(transformers.GenerationConfig(), 'use_mtp'):
+        pytest.skip('this transformers does not draft with MTP layers')
+    config = Config(**SIZES, **MLA, **MOE, num_nextn_predict_layers=1, initializer_range=0.2)
+    Transformer(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.arange(12)[None]
+    plain = model.generate(idx, max_new_tokens=40, do_sample=False)
+    with pytest.raises(RuntimeError, match='MtpModel weights are missing'):
+        model.generate(idx, max_new_tokens=40, do_sample=False, use_mtp=True)
+    model._keys_to_ignore_on_load_unexpected = [r'model\.layers\.2\.']
+    drafted = model.generate(idx, max_new_tokens=40, do_sample=False, use_mtp=True)
+    assert drafted.equal(plain)

@@ -354,6 +354,7 @@ for name in prepare.HUB:
 """
 
 
+@pytest.mark.slow
 def test_known_names_ask_for_the_right_repository_subset_and_split(tmp_path, hub, tokenizer):
     assert list(LAYOUTS) == list(prepare.HUB)
     hub.repos[prepare.SMOLLM2] = hub.repos.pop('org/tok')
@@ -372,6 +373,7 @@ def test_known_names_ask_for_the_right_repository_subset_and_split(tmp_path, hub
         check(tmp_path / 'data' / name, documents[name], tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('local', [True, False])
 def test_subset_split_and_text_field_are_what_is_taken(tmp_path, hub, tokenizer, local):
     repo = card(('de', 'train', 'de/train-*'), ('en', 'train', 'en/train-*')).pop('README.md').decode()
@@ -404,6 +406,7 @@ REFUSED = {     # what there is instead of a dataset; arguments; what the line s
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('what', REFUSED)
 def test_what_is_not_there_is_one_line_and_leaves_nothing(tmp_path, hub, what):
     args, line, source = REFUSED[what]
@@ -447,6 +450,7 @@ QUICK = [('500', 'api'), ('silent', 'api'), ('dead', 'api'), ('garbage', 'first'
          ('garbage', 'last')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how, when', [(how, when) if (how, when) in QUICK else pytest.param(
     how, when, marks=pytest.mark.skipif(not os.environ.get('NANOSEEK_SLOW'), reason='NANOSEEK_SLOW is not set'))
     for how in FAILURES for when in WHERE])
@@ -482,6 +486,7 @@ def undisturbed(folder, repos, *args):
     return files(folder / 'data/data')
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_is_asked_for_the_rest_and_all_is_byte_identical(tmp_path, hub, tokenizer):
     documents = texts(600, words=700)
     hub.repos['org/data'] = {**CARD, **dataset(documents, files=6, group=20)}
@@ -497,6 +502,7 @@ def test_a_server_that_comes_back_is_asked_for_the_rest_and_all_is_byte_identica
     assert files(tmp_path / 'data/data') == undisturbed(tmp_path / 'other', hub.repos, 'org/data')
 
 
+@pytest.mark.slow
 def test_an_interrupted_preparation_goes_on_with_the_revision_that_it_began_with(tmp_path, hub, tokenizer):
     documents = texts(600)
     hub.repos['org/data'] = {FIRST: {**CARD, **dataset(documents)}, SECOND: {**CARD, **dataset(texts(600, 1))}}
@@ -510,6 +516,7 @@ def test_an_interrupted_preparation_goes_on_with_the_revision_that_it_began_with
     check(tmp_path / 'data/data', texts(600, 1), tokenizer)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_byte_identical(tmp_path, hub, tokenizer):
     documents = texts(600)
     hub.repos['org/data'], hub.delay = {**CARD, **dataset(documents + documents[:50], files=13)}, 0.04

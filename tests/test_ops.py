@@ -69,6 +69,7 @@ def test_attention_equals_its_line(T, S, d, dv, kv_heads):
                     exact, attention_line(*exact, 0.3, mask.double()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('T', [37, 300, 560])
 @pytest.mark.parametrize('flex', [False, True])
 @pytest.mark.filterwarnings('ignore:flex_attention called without')
@@ -184,6 +185,7 @@ def test_experts_one_by_one_equal_their_line(n, compiled):
 
 # ------------------------------------------------------------------------------------ loss
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize('n, vocab, tolerance', [(37, 97, 1e-5), (300, 2**18, 1e-3)])
 def test_linear_cross_entropy_equals_its_line_in_one_and_in_two_chunks(n, vocab, tolerance,
@@ -216,6 +218,7 @@ def test_linear_cross_entropy_equals_its_line_in_one_and_in_two_chunks(n, vocab,
     close(weight.grad, grad_weight, tolerance)
 
 
+@pytest.mark.slow
 def test_logits_are_computed_once_and_never_in_memory_as_a_whole():
     h = torch.randn(1024, 4, requires_grad=True)
     weight = torch.randn(2**18, 4, requires_grad=True)

@@ -220,6 +220,7 @@ def huge(count, seed=0):
     return ''.join(rng.choice(parts) for _ in range(count))
 
 
+@pytest.mark.slow
 def test_documents_come_back_exactly_in_order_and_in_the_split_of_their_hash(tmp_path, spec, small):
     documents = ODD + words(300, 1, 20) + [huge(250_000)] + ODD[::-1] + ['x' * 70_000 + ' ' * 70_000]
     wanted = by_split(documents, 0.1, 0.2)
@@ -234,6 +235,7 @@ def test_documents_come_back_exactly_in_order_and_in_the_split_of_their_hash(tmp
     assert all(ids[:-1].tolist() == encode(tokenizer, d) for ids, d in zip(ends, wanted['train']) if len(d) < 10**5)
 
 
+@pytest.mark.slow
 def test_files_of_a_folder_are_documents_also_one_that_is_read_in_pieces(tmp_path, spec, small):
     texts = dict(zip([f'{i:02}/{i}.{"md" if i % 2 else "txt"}' for i in range(len(ODD))], ODD))
     texts['05/long.txt'], texts['07/long.md'] = '\ufeff' + huge(60_000, 1), huge(40_000, 2) + 'no end'
@@ -360,6 +362,7 @@ CODE = ('<|im_start|> <|im_end|> <repo_name> <reponame> <file_sep> <filename> <g
         '<issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output>').split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('special', [False, True])
 def test_gpt2_with_code_tokens_has_them_from_50257_on(tmp_path, monkeypatch, special, small):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', asset('tiktoken'))
@@ -922,6 +925,7 @@ def test_smollm2_ids_are_transformers(tmp_path):
     assert data.splits['train'].tolist() == ids['input_ids'] and data.vocab_size == 49152
 
 
+@pytest.mark.slow
 def test_tokenizing_in_pieces_equals_the_whole(tmp_path, spec):
     text = Path(asset('tinyshakespeare.txt')).read_text()[:25000] + NASTY + ' ' * 999 + 'x' * 999 + '\n' * 999 + NASTY
     make(tmp_path, text, spec)
@@ -985,6 +989,7 @@ def test_a_tokenizer_that_is_called_like_gpt2_is_itself(tmp_path, monkeypatch):
     assert data.vocab_size == 258 and data.tokens('train') == len(NASTY[:int(len(NASTY) * 0.9)].encode())
 
 
+@pytest.mark.slow
 def test_saved_tokenizer_is_transformers_own(tmp_path, spec):
     transformers = pytest.importorskip('transformers')
     data, tokenizer = make(tmp_path, NASTY, spec), load_tokenizer(tmp_path / 'data')

@@ -76,6 +76,7 @@ def test_templates_are_rendered_as_in_transformers(folder, tmp_path, template, p
     assert chat.render(tmp_path, messages) == wanted
 
 
+@pytest.mark.slow
 def test_smollm2_is_asked_by_its_own_template():
     transformers = pytest.importorskip('transformers')
     folder = asset('smollm2')
@@ -179,6 +180,7 @@ def test_a_prompt_is_read_by_the_rule_of_the_models_tokenizer(folder, tmp_path):
 
 # --------------------------------------------------------------------- terminals and pipes
 
+@pytest.mark.slow
 @pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
 def test_no_letter_ends_a_text_whatever_the_terminal(folder, encoding):
     done = run(f'--checkpoint={folder}', '--prompt=日本語 Grüße', '--max_new_tokens=30',
@@ -188,6 +190,7 @@ def test_no_letter_ends_a_text_whatever_the_terminal(folder, encoding):
     assert ('\\u65e5' in done.stdout) == (encoding != 'utf-8')
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_a_closed_pipe_none(folder):
     command = f'{sys.executable} {HERE}/sample.py --checkpoint={folder} --max_new_tokens=2000'
     full = subprocess.run(f'{command} >/dev/full', shell=True, capture_output=True, text=True)

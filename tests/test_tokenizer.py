@@ -78,6 +78,7 @@ def test_a_bpe_is_trained_on_short_words_and_usual_texts_are_as_they_were():
     assert own.train_bpe(512, [dna]).get_vocab_size() == 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['char', 'bpe:300', 'gpt2'])
 @pytest.mark.parametrize('text', ['ACGT' * 100_000, 'word' + ' ' * 300_000 + 'word' * 100],
                          ids=['dna', 'spaces'])
@@ -231,6 +232,7 @@ def test_a_lack_of_memory_is_no_error_of_a_text():
     assert own.is_of_text(RecursionError()) and own.is_of_text(ValueError())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('die_at', [None, 1, 3, 5])
 def test_a_long_document_that_cannot_be_tokenized_to_its_end_is_left_out_whole(
         tmp_path, few_letters, monkeypatch, die_at):

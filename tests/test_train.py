@@ -224,6 +224,7 @@ def test_the_counts_are_the_known_ones():
     assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CONFIGS)
 def test_max_steps_0_prints_the_model_without_a_dataset(tmp_path, call, name):
     done = call(tmp_path, 'train.py', HERE / f'config/{name}.py', '--max_steps=0')
@@ -237,6 +238,7 @@ def slow(name):
     return pytest.param(name, marks=skip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [slow(n) if 'smol' in n else n for n in CONFIGS if n != 'v3_mini'])
 def test_a_config_file_takes_a_step(home, tmp_path, call, name):
     done = call(tmp_path, 'train.py', HERE / f'config/{name}.py', *SMALL, f'--dataset={home / "data/mine"}',
@@ -299,18 +301,21 @@ def test_the_validation_loss_is_that_of_the_saved_model(home, loader):
     assert found['val_bpb'] == pytest.approx(loss / math.log(2) / per_token, abs=1e-4) and per_token > 1
 
 
+@pytest.mark.slow
 def test_the_same_command_again_gives_the_same_numbers(home, copy, trained):
     assert trained(copy, '--resume=never', how=run) == losses(home)
     assert [m['val_loss'] for m in metrics(copy) if 'val_loss' in m] == [metrics(home)[-1]['val_loss']]
     assert weights(copy) == weights(home)
 
 
+@pytest.mark.slow
 def test_bfloat16_repeats_and_is_near_float32(home, tmp_path, trained):
     first = trained(tmp_path, '--dtype=bfloat16')
     assert trained(tmp_path, '--dtype=bfloat16', '--resume=never') == first != losses(home)
     assert abs(first[STEPS] - losses(home)[STEPS]) < 0.1
 
 
+@pytest.mark.slow
 def test_float16_with_loss_scaling_is_near_float32(home, tmp_path, trained):
     assert abs(trained(tmp_path, '--dtype=float16')[STEPS] - losses(home)[STEPS]) < 0.1
 
@@ -321,6 +326,7 @@ def test_another_seed_gives_other_numbers_and_only_the_newest_checkpoints_are_ke
     assert sorted(p.name for p in (tmp_path / 'out/tiny').glob('*step*')) == ['step-000030', 'step-000040']
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(home, tmp_path, trained):
     found = trained(tmp_path, '--gradient_checkpointing=true')
     assert all(abs(found[step] - loss) < 1e-5 for step, loss in losses(home).items())
@@ -333,6 +339,7 @@ def test_four_micro_steps_of_two_equal_one_of_eight(tmp_path, trained):
     assert len(whole) == 20 and all(abs(parts[step] - whole[step]) < 1e-5 for step in whole)
 
 
+@pytest.mark.slow
 def test_going_on_from_a_checkpoint_equals_never_having_stopped(home, copy, trained):
     for step in (30, 40):
         shutil.rmtree(copy / f'out/tiny/step-{step:06d}')
@@ -348,6 +355,7 @@ def test_going_on_repeats_the_dropout_of_the_run_that_was_not_stopped(tmp_path, 
     assert trained(tmp_path, base=base) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(home, tmp_path, name, trained):
     command = [sys.executable, HERE / 'train.py', *TINY, f'--dataset={home / "data/mine"}']
@@ -390,6 +398,7 @@ V1 = ('--hidden_size=16 --num_hidden_layers=2 --num_attention_heads=2 --q_lora_r
 V1_LOSSES, V1_VAL_4, V1_VAL_6 = {5: 3.752951, 6: 3.714631}, 3.755566, 3.675756
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_version_1_is_read_and_goes_on(tmp_path, call):
     old = shutil.copytree(HERE / '.ci/checkpoint-v1', tmp_path / 'v1')
     assert call(tmp_path, 'prepare.py', 'shakespeare').returncode == 0
@@ -400,6 +409,7 @@ def test_a_checkpoint_of_version_1_is_read_and_goes_on(tmp_path, call):
     assert metrics(tmp_path)[-1]['val_loss'] == pytest.approx(V1_VAL_6, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_smollm2_is_fine_tuned_on_its_own_tokens_alone(home, tmp_path, call):
     folder, data, script = asset('smollm2'), tmp_path / 'data/shakespeare-smollm2', HERE / 'config/smol135_finetune.py'
     transformers, text = pytest.importorskip('transformers'), 'ROMEO:\nWherefore art thou?\n'
@@ -425,6 +435,7 @@ def test_smollm2_is_fine_tuned_on_its_own_tokens_alone(home, tmp_path, call):
     shutil.rmtree(tmp_path / 'out')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cxx', [slow(None), 'no-such-compiler'])
 def test_compile_gives_the_same_losses_or_goes_on_without_it(home, tmp_path, cxx, trained):
     base = [*DENSE, '--attention=gqa', '--num_hidden_layers=1', '--max_steps=3', '--resume=never']
@@ -456,6 +467,7 @@ def mixed(home, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_mixture_is_evaluated_and_logged_by_source(mixed):
     *steps, last = metrics(mixed)
     model, loss = Transformer.from_pretrained(mixed / f'out/tiny/step-{STEPS:06d}').eval(), {}
@@ -490,6 +502,7 @@ def test_going_on_with_a_mixture_equals_never_having_stopped(mixed, tmp_path, ca
     assert a == b
 
 
+@pytest.mark.slow
 def test_the_data_of_skipped_steps_have_been_drawn(mixed, tmp_path, call):
     copy = shutil.copytree(mixed, tmp_path / 'copy')
     last = copy / f'out/tiny/step-{STEPS:06d}/trainer'
@@ -547,6 +560,7 @@ def test_transformers_generates_what_sample_does(home, call):
     assert done.returncode == 0 and done.stdout == text + '\n' and len(text) == 47
 
 
+@pytest.mark.slow
 def test_sample_goes_on_where_torch_cannot_compile(home, tmp_path):
     args = '--prompt=the king', '--temperature=0', '--max_new_tokens=20'
     env = {**os.environ, 'CXX': 'no-such-compiler', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
@@ -555,6 +569,7 @@ def test_sample_goes_on_where_torch_cannot_compile(home, tmp_path):
     assert 'torch.compile does not work here' in found[1].stderr and 'Traceback' not in found[1].stderr
 
 
+@pytest.mark.slow
 def test_sample_repeats_itself_for_a_seed(home, call):
     def sample(*args):
         done = call(home, 'sample.py', '--prompt=the king', '--max_new_tokens=40', '--temperature=1', *args)
@@ -702,6 +717,7 @@ def test_a_trainer_state_that_is_code_or_of_another_version_is_refused(copy, cal
     assert all(word in done.stderr for word in words.split('|')) and files(copy) == before, done.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_end_a_real_process_with_status_2(tmp_path):
     unplugged = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path)}
     for script, args, word in (('train.py', [], 'python prepare.py shakespeare'), ('sample.py', [], '--checkpoint=DIR'),
@@ -711,9 +727,75 @@ def test_mistakes_end_a_real_process_with_status_2(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What people type
+
+
+@pytest.fixture(scope='session')
+def russian(tmp_path_factory):
+    """A folder with data/ru, which has no Latin letter"""
+    folder = tmp_path_factory.mktemp('russian')
+    text = 'Мороз и солнце; день чудесный!\nЕщё ты дремлешь, друг прелестный...\n' * 60
+    (folder / 'ru.txt').write_text(text, encoding='utf-8')
+    done = run(folder, 'prepare.py', 'ru.txt')
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+CHEAP = [HERE / 'config/shakespeare.py', '--dataset=ru', '--hidden_size=16', '--num_hidden_layers=1',
+         '--num_attention_heads=2', '--batch_size=1', '--block_size=16', '--max_steps=1',
+         '--max_position_embeddings=32', '--out_dir=out', '--device=cpu', '--resume=never']
+
+
+def test_the_prompt_of_a_config_gives_way_to_the_letters_of_the_dataset(russian, call):
+    done = call(russian, 'train.py', *CHEAP, '--sample_interval=1')
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith('sample_prompt='))
+    assert line.startswith("sample_prompt='Before we proceed': character 'B' (U+0042) is not in ")
+    prompt = re.search("; samples begin with '(.+)', from the validation split$", line)[1]
+    assert prompt in (russian / 'ru.txt').read_text(encoding='utf-8')
+    assert f'--- sample\n{prompt}' in done.stdout
+
+
+def test_a_prompt_that_was_typed_is_refused_by_name(russian, call):
+    done = call(russian, 'train.py', *CHEAP, '--sample_interval=1', '--sample_prompt=Before')
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: sample_prompt='Before': character 'B' (U+0042) is not ")
+    assert done.stderr.count('\n') == 1
+    done = call(russian, 'train.py', *CHEAP, '--sample_interval=0', '--sample_prompt=Before')
+    assert done.returncode == 0, done.stderr                # nobody asks for a sample
+
+
+def test_an_interval_of_0_is_never(russian, call):
+    done = call(russian, 'train.py', *CHEAP, '--max_steps=3', '--sample_interval=0',
+                '--eval_interval=0', '--checkpoint_interval=0')
+    assert done.returncode == 0, done.stderr
+    assert 'validation' not in done.stdout and '--- sample' not in done.stdout
+    assert [path.name for path in (russian / 'out').glob('step-*')] == ['step-000003']
+    card = (russian / 'out/step-000003/README.md').read_text(encoding='utf-8')
+    assert not re.search(r'\bnan\b', card)
+
+
+def test_the_folder_of_a_run_is_its_newest_whole_checkpoint(home, copy, call):
+    (copy / 'out/tiny/step-000050').mkdir()                 # one that was not finished
+    (copy / 'out/tiny/step-000050/config.json').write_text('{}')
+    newest = call(copy, 'sample.py', '--checkpoint=out/tiny/step-000040', '--temperature=0')
+    folder = call(copy, 'sample.py', '--checkpoint=out/tiny', '--temperature=0')
+    assert folder.returncode == 0, folder.stderr
+    assert folder.stdout == newest.stdout
+    args = [*DENSE, '--dataset=mine', '--max_steps=1', '--resume=never']
+    found = []
+    for source in ('out/tiny', 'out/tiny/step-000040'):
+        done = call(copy, 'train.py', *args, f'--init_from={source}', f'--out_dir=from-{len(found)}')
+        assert done.returncode == 0, done.stderr
+        found.append(losses(copy, f'from-{len(found)}'))
+    assert found[0] == found[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Muon
 
 
+@pytest.mark.slow
 def test_muon_resumes_bit_identically_and_learns(home, trained, tmp_path):
     (tmp_path / 'whole').mkdir()
     whole = trained(tmp_path / 'whole', '--optimizer=muon', '--dtype=bfloat16')
@@ -773,6 +855,7 @@ def test_200_steps_in_emulated_fp8_follow_bfloat16_within_a_percent(torchao, emu
         assert means(found) == pytest.approx(means(plain), rel=0.01) and found == pytest.approx(plain, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_run_in_fp8_goes_on_and_is_a_checkpoint_like_any_other(torchao, emulated, tmp_path):
     whole, model = emulated('rowwise', *FP8_MLA)
     plain, other = emulated('', *FP8_MLA, name='plain')
