@@ -428,6 +428,7 @@ folders.write_companions = dies
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('error', [
     'KeyError("of a writer")', pytest.param('MemoryError("of a writer")', marks=pytest.mark.slow)])
 def test_a_run_whose_writer_dies_ends_and_says_why(tmp_path, data, error):

@@ -21,9 +21,7 @@ CPU = torch.device('cpu')
 ENOUGH = 1e15
 GPU = torch.device('cuda')          # only its name is looked at
 MODEL = Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-               kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=6, v_head_dim=5,
-               n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=3,
-               moe_intermediate_size=10)
+               attention='gqa')
 AUTO = train.Settings(batch_size=0, global_batch_size=12, block_size=64)
 
 
@@ -45,6 +43,7 @@ def chosen(limit, s=AUTO, device=GPU, shardings=(False,), **ranks):
     return way, line
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_that_divides_a_step_and_fits_is_taken():
     for size in (1, 2, 3, 4, 6, 12):
         exact = sum(alone(size))
@@ -115,6 +114,7 @@ def test_a_batch_size_that_was_given_stays_and_is_warned_of():
     assert way == Way(12, False, False) and line is None
 
 
+@pytest.mark.slow
 def test_advice_names_settings_that_need_less():
     s = train.Settings(batch_size=64, block_size=64)
     way = Way(64, False, False)
