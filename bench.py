@@ -133,8 +133,11 @@ def medians(jobs, rounds):
             numbers = job()
             if number >= 2:
                 found[name].append(numbers)
-    return {name: [statistics.median(column) for column in zip(*rows)]
-            for name, rows in found.items()}
+    middles = {}
+    for name, rows in found.items():
+        columns = zip(*rows)
+        middles[name] = [statistics.median(column) for column in columns]
+    return middles
 
 
 # ------------------------------------------------------------------------------- training
@@ -202,9 +205,9 @@ def dense(c):
 
 
 def parts_of_step(s, t, model, device, dtype):
-    """-> {part: seconds} of a step by the config's optimizer, without torch.compile; seconds of
-    such a step without marks; where its data are from. A batch is fetched where the dataset is
-    prepared; trained is on random tokens"""
+    """-> the parts of a step by the config's optimizer, without torch.compile; the time of such a
+    step without marks; where its data are from. A batch is fetched where the dataset is prepared,
+    but the step trains on random tokens"""
     fetch = nothing
     source = 'random tokens'
     with contextlib.suppress(tokens.NoDataset):
@@ -229,7 +232,8 @@ def parts_of_step(s, t, model, device, dtype):
         return [seconds(unmarked)]
     times = medians({'parts': times_of_parts, 'step': time_of_step}, s.rounds)
     whole, = times['step']
-    return dict(zip(names, times['parts'])), whole, source
+    rows = [{'part': name, 'ms': 1e3 * spent} for name, spent in zip(names, times['parts'])]
+    return {'parts': rows, 'step_of_parts_ms': 1e3 * whole, 'data': source}
 
 
 def fetcher(t, data, device):
@@ -293,14 +297,15 @@ def from_json(text):
 
 
 def cache_rows(c, dtype):
-    """Bytes that decoding keeps for each further token: the model's; those of a GQA of its
-    key/value heads (where there are as many as heads: of groups of up to four); those of MHA"""
+    """Bytes that decoding keeps for each further token: the model's; those of a GQA with its
+    key/value heads (where these are not fewer than its heads: one for up to four of them); those
+    of MHA"""
     heads = c.num_attention_heads
     width = c.head_dim
     if c.attention == 'mla':
         width = c.v_head_dim
     groups = c.num_key_value_heads
-    if groups == heads:
+    if groups >= heads:     # MLA has no use for the setting, which may be anything there
         groups = min(g for g in range(1, heads + 1) if heads % g == 0 and heads <= 4 * g)
     gqa = replace(c, attention='gqa', num_key_value_heads=groups, head_dim=width)
     mha = replace(c, attention='gqa', num_key_value_heads=heads, head_dim=width)
@@ -512,15 +517,9 @@ def measure(s, t, given, folder):
         contenders.append(nanogpt_contender(s.vs, longest, c, t, device, dtype))
     found['training'] = training_rows(s, t, contenders, found['machine']['matmul_flops'])
     found['decoding'] = decoding_rows(s, contenders, contexts, c.vocab_size, device)
-    read = weights_read(model) / 4 * dtype.itemsize
-    for row in found['decoding']:
-        row['of_copy'] = None
-        if row['name'] == 'nanoseek' and row['batch'] == 1:
-            row['of_copy'] = read / row['ms_per_token'] * 1e3 / found['machine']['copy_bytes']
-    parts, step, data = parts_of_step(s, t, model, device, dtype)
-    found['parts'] = [{'part': name, 'ms': 1e3 * spent} for name, spent in parts.items()]
-    found['step_of_parts_ms'] = 1e3 * step
-    found['data'] = data
+    read = weights_read(model) / 4 * dtype.itemsize     # the model is float32, decoding in dtype
+    add_share_of_copy(found['decoding'], read, found['machine']['copy_bytes'])
+    found.update(parts_of_step(s, t, model, device, dtype))
     return found
 
 
@@ -543,11 +542,11 @@ def memory_row(t, c, device, dtype):
 
 
 def training_rows(s, t, contenders, matmul_flops):
-    def timed(step):
+    def time_of_step(step):
         return [seconds(step)]
 
     those = [contender for contender in contenders if contender.step is not None]
-    jobs = {contender.name: partial(timed, contender.step) for contender in those}
+    jobs = {contender.name: partial(time_of_step, contender.step) for contender in those}
     times = medians(jobs, s.rounds)
     count = t.batch_size * t.block_size
     first, = times['nanoseek']
@@ -588,7 +587,25 @@ def decoding_rows(s, contenders, contexts, vocab_size, device):
     return rows
 
 
+def add_share_of_copy(rows, read, copy_bytes):
+    """How fast our decoding reads the weights, as a share of what a copy reaches. read: bytes for
+    a token at batch 1; copy_bytes: bytes/s. None in the rows of which it says nothing"""
+    for row in rows:
+        row['of_copy'] = None
+        if row['name'] == 'nanoseek' and row['batch'] == 1:
+            bytes_per_s = read / row['ms_per_token'] * 1e3
+            row['of_copy'] = bytes_per_s / copy_bytes
+
+
 # --------------------------------------------------------------------------------- tables
+
+
+def print_row(widths, cells):
+    """A line of a table: its first cell is set left, the others right; the last may be missing"""
+    line = f'{cells[0]:{widths[0]}}'
+    for width, cell in zip(widths[1:], cells[1:]):
+        line += f'{cell:>{width}}'
+    print(line)
 
 
 def show(found, optimizer):
@@ -613,22 +630,30 @@ def show_training(found):
     t = found['settings']
     print(f'\ntraining, {t["batch_size"]} x {t["block_size"]} random tokens, AdamW unless it says '
           f'otherwise, compile={t["compile"]}')
-    print(f'{"":36}{"ms a step":>10}{"tokens/s":>11}{"MFU":>6}{"parameters":>14}'
-          f'{"MFLOP/token":>13}{"time":>9}')
+    widths = (36, 10, 11, 6, 14, 13, 9)
+    print_row(widths, ('', 'ms a step', 'tokens/s', 'MFU', 'parameters', 'MFLOP/token', 'time'))
     for row in found['training']:
-        print(f'{row["name"]:36}{row["ms"]:10.1f}{row["tokens_per_s"]:11,.0f}{row["mfu"]:6.0%}'
-              f'{row["parameters"]:14,}{row["flops_per_token"] / 1e6:13.1f}{row["ratio"]:8.2f}x')
+        print_row(widths, (
+            row['name'],
+            f'{row["ms"]:.1f}',
+            f'{row["tokens_per_s"]:,.0f}',
+            f'{row["mfu"]:.0%}',
+            f'{row["parameters"]:,}',
+            f'{row["flops_per_token"] / 1e6:.1f}',
+            f'{row["ratio"]:.2f}x',
+        ))
 
 
 def show_parts(found, optimizer):
     total = sum(row['ms'] for row in found['parts'])
-    title = f'a step by part ({optimizer}; data: {found["data"]})'
-    print(f'\n{title:60}{"ms":>10}{"share":>7}')
     rows = [*found['parts'],
             {'part': 'together', 'ms': total},
             {'part': 'such a step without marks', 'ms': found['step_of_parts_ms']}]
+    widths = (60, 10, 7)
+    print()
+    print_row(widths, (f'a step by part ({optimizer}; data: {found["data"]})', 'ms', 'share'))
     for row in rows:
-        print(f'{row["part"]:60}{row["ms"]:10.2f}{row["ms"] / total:7.0%}')
+        print_row(widths, (row['part'], f'{row["ms"]:.2f}', f'{row["ms"] / total:.0%}'))
 
 
 def show_memory(found):
@@ -638,21 +663,35 @@ def show_memory(found):
         known = f'{memory["measured_bytes"] / 2**20:,.0f} MB, {memory["ratio"]:.2f}'
     print('\nmemory of a step without Python and torch: estimated '
           f'{memory["estimate_bytes"] / 2**20:,.0f} MB, measured {known}')
-    print(f'\n{"cache":36}{"bytes per token and layer":>27}{"in all layers":>15}')
+    widths = (36, 27, 15)
+    print()
+    print_row(widths, ('cache', 'bytes per token and layer', 'in all layers'))
     for row in found['cache']:
-        print(f'{row["attention"]:36}{row["bytes_per_token_and_layer"]:27,}'
-              f'{row["bytes_per_token"]:15,}')
+        print_row(widths, (
+            row['attention'],
+            f'{row["bytes_per_token_and_layer"]:,}',
+            f'{row["bytes_per_token"]:,}',
+        ))
 
 
 def show_decoding(found):
-    print(f'\n{"decoding":28}{"context":>8}{"batch":>6}{"first ms":>10}{"ms a token":>11}'
-          f'{"tokens/s":>10}{"time":>9}{"weights read, of a copy":>25}')
+    widths = (28, 8, 6, 10, 11, 10, 9, 25)
+    print()
+    print_row(widths, ('decoding', 'context', 'batch', 'first ms', 'ms a token', 'tokens/s', 'time',
+                       'weights read, of a copy'))
     for row in found['decoding']:
-        of_copy = ''
+        cells = [
+            row['name'],
+            row['context'],
+            row['batch'],
+            f'{row["first_ms"]:.1f}',
+            f'{row["ms_per_token"]:.2f}',
+            f'{row["tokens_per_s"]:.1f}',
+            f'{row["ratio"]:.2f}x',
+        ]
         if row['of_copy']:
-            of_copy = f'{row["of_copy"]:25.0%}'
-        print(f'{row["name"]:28}{row["context"]:8}{row["batch"]:6}{row["first_ms"]:10.1f}'
-              f'{row["ms_per_token"]:11.2f}{row["tokens_per_s"]:10.1f}{row["ratio"]:8.2f}x{of_copy}')
+            cells.append(f'{row["of_copy"]:.0%}')
+        print_row(widths, cells)
 
 
 # --------------------------------------------------------------------------------- corpus

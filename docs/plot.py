@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of its backend
@@ -44,12 +45,17 @@ def read_all(names):
     return runs
 
 
-def tokens_for_steps(entries):
-    """Writes tokens in the place of steps"""
-    each = 1
+def tokens_of_step(entries):
+    """-> tokens of one step, by the first entry that has them; 1 where none does"""
     for entry in entries:
         if 'tokens' in entry:
-            each = entry['tokens'] // entry['step']
+            return entry['tokens'] // entry['step']
+    return 1
+
+
+def tokens_for_steps(entries):
+    """Writes tokens in the place of steps"""
+    each = tokens_of_step(entries)
     for entry in entries:
         entry['step'] *= each
 
@@ -64,18 +70,25 @@ def points(entries, key):
     return steps, values
 
 
+def plot_curve(axis, entries, key, **style):
+    """Values over steps. Nothing where there are none: the legend would have a line for it"""
+    steps, values = points(entries, key)
+    if values:
+        axis.plot(steps, values, **style)
+
+
 def plot_run(axes, name, entries, color):
     loss, bits, norm, rate = axes
-    loss.plot(*points(entries, 'loss'), color=color, lw=1, alpha=0.5, label=f'{name}, training')
-    loss.plot(*points(entries, 'val_loss'), color=color, marker='o', ms=4,
-              label=f'{name}, validation')
-    steps, values = points(entries, 'val_bpb')
+    plot_curve(loss, entries, 'loss', color=color, lw=1, alpha=0.5, label=f'{name}, training')
+    plot_curve(loss, entries, 'val_loss', color=color, marker='o', ms=4,
+               label=f'{name}, validation')
     label = name
+    _, values = points(entries, 'val_bpb')
     if values:
         label = f'{name}: {values[-1]:.3f}'
-    bits.plot(steps, values, color=color, marker='o', ms=4, label=label)
-    norm.plot(*points(entries, 'grad_norm'), color=color, lw=1)
-    rate.plot(*points(entries, 'lr'), color=color)
+    plot_curve(bits, entries, 'val_bpb', color=color, marker='o', ms=4, label=label)
+    plot_curve(norm, entries, 'grad_norm', color=color, lw=1)
+    plot_curve(rate, entries, 'lr', color=color)
     for entry in entries:           # a skipped step, a rollback, a spike
         if 'event' in entry:
             style = ':'
@@ -86,11 +99,10 @@ def plot_run(axes, name, entries, color):
 
 def plot_load(figure, axis, name, entries, x):
     """Every expert's share over the ideal, as colours"""
-    steps, loads = points(entries, 'moe/load')          # loads: (evaluations, layers, experts)
-    layers = len(loads[0])
-    experts = len(loads[0][0])
-    columns = [[share for layer in load for share in layer] for load in loads]
-    rows = list(zip(*columns))
+    steps, loads = points(entries, 'moe/load')
+    shares = np.array(loads)                            # (evaluations, layers, experts)
+    evaluations, layers, experts = shares.shape
+    rows = shares.reshape(evaluations, layers * experts).T
     image = axis.imshow(rows, aspect='auto', vmin=0, vmax=2, cmap='coolwarm',
                         interpolation='nearest')
     axis.set(xlabel=x, ylabel='expert', title=f'{name}: tokens per expert over the ideal')
@@ -120,8 +132,9 @@ def plot(runs, x, out):
         axis.grid(alpha=0.3)
     loss, bits, norm, _ = axes
     norm.set_yscale('log')
-    loss.legend(fontsize='small')
-    bits.legend(fontsize='small')
+    for axis in (loss, bits):
+        if axis.lines:
+            axis.legend(fontsize='small')
     for i, name in enumerate(with_experts, 1):
         plot_load(figure, figure.add_subplot(rows[i, :]), name, runs[name], x)
     figure.savefig(out, dpi=100)

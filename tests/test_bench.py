@@ -1,5 +1,6 @@
 """Tests of bench.py, as users run it, on a model of a few thousand parameters; and of train.py's
 estimate of memory, against what the steps of a larger one take."""
+import itertools
 import json
 import os
 import subprocess
@@ -52,7 +53,7 @@ def run(folder, *args, **env):
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp('bench')
-    (folder / 'model.py').write_text(GPT)           # nanoGPT's interface
+    (folder / 'model.py').write_text(GPT, encoding='utf-8')     # nanoGPT's interface
     done = run(folder, *TINY, '--json', f'--vs={folder}', '--optimizer=muon')
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -75,8 +76,7 @@ def test_json_has_every_row(found):
     for row in found['decoding']:
         decoded.add((row['name'], row['context'], row['batch']))
         assert row['ms_per_token'] > 0 and row['first_ms'] > 0
-    assert decoded == {(name, context, batch) for name in ('nanoseek', 'nanoGPT')
-                       for context in (16, 248) for batch in (1, 2)}
+    assert decoded == set(itertools.product(('nanoseek', 'nanoGPT'), (16, 248), (1, 2)))
 
 
 @pytest.mark.slow
@@ -143,15 +143,18 @@ def test_time_is_that_of_the_part_where_it_was_spent(monkeypatch, name, part, ag
     assert wanted < min(found) < wanted + 0.08
 
 
-def test_cache_bytes_are_those_of_a_cache():
+@pytest.mark.parametrize('unused', (0, 8))
+def test_cache_bytes_are_those_of_a_cache(unused):
+    """unused: a num_key_value_heads that MLA ignores, and no GQA could have"""
     c = Config(vocab_size=64, num_attention_heads=4, num_hidden_layers=3, kv_lora_rank=24,
-               v_head_dim=32)
+               v_head_dim=32, num_key_value_heads=unused)
     gqa = bench.replace(c, attention='gqa', num_key_value_heads=1)
-    mha = bench.replace(c, attention='gqa')
+    mha = bench.replace(c, attention='gqa', num_key_value_heads=4)
     rows = bench.cache_rows(c, torch.bfloat16)
     for row, other in zip(rows, (c, gqa, mha), strict=True):
         cache = Cache(other, 1, 128, torch.empty(0), torch.bfloat16)
-        numbers = sum(buffer.numel() for layer in cache.layers for buffer in layer)
+        buffers = itertools.chain.from_iterable(cache.layers)
+        numbers = sum(buffer.numel() for buffer in buffers)
         assert row['bytes_per_token'] * 128 == 2 * numbers
 
 
