@@ -63,7 +63,7 @@ class Settings:
     json: bool = False              # print one JSON object in the place of tables
     corpus_mb: int = 0              # not a model, but prepare.py, on so many megabytes of text
     tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
-    work_dir: str = ''              # for text and token files; if empty a temporary folder
+    work_dir: str = ''              # for its files; if empty a temporary folder, removed at the end
 
     def __post_init__(self):
         if self.vs not in ('', 'transformers') and not Path(self.vs, 'model.py').is_file():
