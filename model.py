@@ -116,16 +116,22 @@ class Config:
             self.check_rope_scaling()
 
     def check_rope_scaling(self):
-        kind = self.rope_scaling.get('rope_type')
+        settings = self.rope_scaling
+        kind = settings.get('rope_type')
         if kind not in ROPE_SCALING:
             known = ', '.join(ROPE_SCALING)
-            raise ValueError(f'impossible model: rope_scaling with rope_type={kind!r}: must be '
-                             f'one of {known}')
+            raise ValueError(f'rope_scaling with rope_type={kind!r}: RoPE of this kind is not '
+                             f'supported; default, {known} are')
+        where = f'impossible model: rope_scaling of rope_type={kind!r}'
         _, needed = ROPE_SCALING[kind]
         for name in needed:
-            if name not in self.rope_scaling:
-                raise ValueError(f'impossible model: rope_scaling of rope_type={kind!r} lacks '
-                                 f'{name}')
+            if name not in settings:
+                raise ValueError(f'{where} lacks {name}')
+            if not isinstance(settings[name], (int, float)) or settings[name] <= 0:
+                raise ValueError(f'{where}: {name}={settings[name]!r}: must be a number above 0')
+        if kind == 'llama3' and settings['high_freq_factor'] <= settings['low_freq_factor']:
+            raise ValueError(f'{where}: high_freq_factor={settings["high_freq_factor"]}: must be '
+                             f'above low_freq_factor={settings["low_freq_factor"]}')
 
     def check_experts(self):
         experts = self.n_routed_experts

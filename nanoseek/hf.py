@@ -38,8 +38,7 @@ FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
 
 # What a config.json may say of a model that ours can represent
 ONLY = {**FIXED, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
-        'topk_method': 'noaux_tc', 'sliding_window': None, 'quantization_config': None,
-        'truncate': True}
+        'topk_method': 'noaux_tc', 'sliding_window': None, 'truncate': True}
 
 
 def config_json(config):
@@ -100,8 +99,9 @@ def config_fields(values, names):
     says them. ValueError that names what our models cannot represent."""
     kind = values.get('model_type')
     attention, defaults = readable(kind)
-    rope = values.get('rope_parameters') or values.get('rope_scaling') or {}
+    rope = rope_settings(values)
     values = {**defaults, **with_our_names(values), **rope}
+    refuse_quantised(values)
     for name, value in ONLY.items():
         if values.get(name, value) != value:
             raise ValueError(f'{name}={values[name]!r}: this model can represent {value!r} only')
@@ -122,12 +122,12 @@ def config_fields(values, names):
         found['n_routed_experts'] = 0
     if found.get('n_routed_experts', 0) == 0:
         found['first_k_dense_replace'] = 0
-    if kind in INDEXED and values['index_topk'] < found['max_position_embeddings']:
-        found['max_position_embeddings'] = values['index_topk']     # from there on it is another
     found.pop('rope_scaling', None)
-    scaling = rope_scaling(rope)
+    scaling = rope_scaling(rope, found.get('max_position_embeddings'))
     if scaling:
         found['rope_scaling'] = scaling
+    if kind in INDEXED and values['index_topk'] < found['max_position_embeddings']:
+        found['max_position_embeddings'] = values['index_topk']     # from there on it is another
     return found
 
 
@@ -161,15 +161,42 @@ def leading_dense(kinds):
     return count
 
 
-def rope_scaling(rope):
-    """What config.json says of RoPE -> Config.rope_scaling, or None for the default RoPE."""
+def refuse_quantised(values):
+    quantised = values.get('quantization_config')
+    if quantised is not None:
+        method = quantised.get('quant_method')
+        raise ValueError(f'quantization_config: quantised weights ({method}) are not read: '
+                         'convert them to bfloat16 first')
+
+
+def rope_settings(values):
+    """What config.json says of RoPE: in rope_scaling as transformers 4 wrote it, which comes first
+    in transformers 5 too, or in rope_parameters. original_max_position_embeddings may be beside."""
+    rope = dict(values.get('rope_scaling') or values.get('rope_parameters') or {})
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise ValueError(f'RoPE of its own for {name}: in this model all layers have the same')
+    if rope.get('mrope_section') is not None:
+        raise ValueError('mrope_section: RoPE over images and videos is not supported')
+    beside = values.get('original_max_position_embeddings')
+    if beside is not None:
+        rope['original_max_position_embeddings'] = beside
+    return rope
+
+
+def rope_scaling(rope, context):
+    """rope_settings' dict, max_position_embeddings -> Config.rope_scaling, or None for the
+    default RoPE."""
     kind = rope.get('rope_type') or rope.get('type') or 'default'
     if kind == 'default':
         return None
     if kind == 'deepseek_yarn':                     # as Sarvam's first config.json calls it
         kind = 'yarn'
     other = ('rope_theta', 'partial_rotary_factor', 'type')
-    return {**{k: v for k, v in rope.items() if k not in other}, 'rope_type': kind}
+    scaling = {**{k: v for k, v in rope.items() if k not in other}, 'rope_type': kind}
+    if kind in ('llama3', 'yarn') and context is not None:
+        scaling.setdefault('original_max_position_embeddings', context)     # as transformers does
+    return scaling
 
 
 def read_config(config_class, directory, **overrides):
@@ -328,7 +355,8 @@ def from_pretrained(model_class, config_class, directory, dtype=torch.float32, *
     config = read_config(config_class, directory, **overrides)
     own_config = read_config(config_class, directory)
     weights = Weights(directory)
-    if read_json(directory / 'config.json').get('model_type') in INDEXED:
+    values = read_json(directory / 'config.json')
+    if values.get('model_type') in INDEXED:
         log.warning(f'{directory}: equal to the original up to a context of '
                     f'{own_config.max_position_embeddings:,} tokens; above that the original '
                     'attends to some of them only')
@@ -351,14 +379,16 @@ def from_pretrained(model_class, config_class, directory, dtype=torch.float32, *
         state[name] = torch.empty(empty.shape, dtype=own_dtype)
         for disk_name, part in on_disk(name, state[name]):
             weights.copy_into(part, disk_name)
-    if config.attention == 'mla' and not rope_is_interleaved(directory):
+    if config.attention == 'mla' and not rope_is_interleaved(values):
         pair_rope_rows(state, config)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def rope_is_interleaved(directory):
-    return read_json(directory / 'config.json').get('rope_interleave', True)
+def rope_is_interleaved(values):
+    """config.json's dict -> whether RoPE turns pairs (2i, 2i + 1). The indexed kinds always do,
+    whatever their config.json says."""
+    return values.get('model_type') in INDEXED or values.get('rope_interleave', True)
 
 
 def pair_rope_rows(state, config):

@@ -83,10 +83,18 @@ ALIASES = {
 DIFFERENT = {
     'axk1': 'its experts have a norm behind them',
     'axk2': 'its norms and its attention have gates',
+    'bailing_hybrid': 'its attention has gates, and is linear in most of its layers',
     'deepseek_v2': 'its router takes a softmax, and does not balance by biases',
     'deepseek_v4': 'its attention is another one',
+    'dots1': 'its attention has norms for queries and keys',
+    'dots3_note': 'its latents are scaled, and its attention has gates',
+    'glm5_next': 'its layers are joined by hyper-connections',
+    'hy_v4': 'its attention has gates and sinks',
+    'kimi_k25': 'it reads images too',
     'kimi_linear': 'most of its layers have an attention of their own',
     'longcat_flash': 'its latents are scaled, and some of its experts compute nothing',
+    'minicpm3': 'its embeddings and what its layers add are scaled',
     'mistral4': 'its router takes a softmax, and its queries are scaled by their position',
+    'mistral_large4': 'its queries are scaled by their position, and RoPE is learned',
     'sarvam_moe': 'its attention has norms for queries and keys',
 }

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from model import Config, Transformer
-from nanoseek import folders, hf
+from nanoseek import folders, hf, kinds
 from support import asset
 
 transformers = pytest.importorskip('transformers')
@@ -311,14 +311,26 @@ LLAMA3 = {'rope_type': 'llama3', 'factor': 8.0, 'low_freq_factor': 1.0, 'high_fr
 SCALED = {'linear': {'rope_type': 'linear', 'factor': 4.0}, 'llama3': LLAMA3}
 
 
+def greedy(theirs, idx, new, **settings):
+    theirs.generation_config.eos_token_id = None
+    return theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=new,
+                           do_sample=False, **settings)
+
+
 def loads_and_goes_round(theirs, folder):
-    """Their model loads with equal logits, and what we save of it loads there again"""
+    """Their model loads with equal logits and says the same, and what we save of it loads there
+    again"""
     theirs.save_pretrained(folder / 'theirs')
-    ours = Transformer.from_pretrained(folder / 'theirs')
-    check_equal(ours, theirs)
+    ours = Transformer.from_pretrained(folder / 'theirs').eval()
     ours.save_pretrained(folder / 'ours')
     again = transformers.AutoModelForCausalLM.from_pretrained(folder / 'ours').eval()
-    check_equal(ours, again)
+    wanted = logits_of(theirs)
+    prompt = torch.arange(5)[None]
+    said = greedy(theirs, prompt, 18)
+    assert (logits_of(ours) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (logits_of(again) - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert ours.generate(prompt, 18).equal(said)
+    assert greedy(again, prompt, 18).equal(said)
     return ours
 
 
@@ -345,17 +357,58 @@ def test_scaled_rope_is_read_in_its_old_spelling(tmp_path, scaling):
     check_equal(Transformer.from_pretrained(tmp_path), theirs)
 
 
+@pytest.mark.parametrize('beside', [16, None])
+@pytest.mark.parametrize('rope', [{'rope_type': 'yarn', 'factor': 4.0}, LLAMA3])
+def test_the_original_context_may_be_beside_or_follow_as_in_transformers(tmp_path, rope, beside):
+    make_theirs('Llama').save_pretrained(tmp_path)
+    rope = {**rope, 'rope_theta': 500.0}
+    rope.pop('original_max_position_embeddings', None)
+    edit(tmp_path / 'config.json', rope_parameters=rope)
+    if beside:
+        edit(tmp_path / 'config.json', original_max_position_embeddings=beside)
+    ours = Transformer.from_pretrained(tmp_path)
+    check_equal(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    assert ours.config.rope_scaling['original_max_position_embeddings'] == (beside or 64)
+
+
+def test_rope_scaling_comes_before_rope_parameters_as_in_transformers(tmp_path):
+    Transformer(Config(**SIZES, attention='gqa', rope_theta=500.0)).save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', rope_scaling=SCALED['linear'])       # in a folder of ours
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.config.rope_scaling == SCALED['linear']
+    check_equal(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+
+
 @pytest.mark.parametrize('rope, words', [
     ({'rope_type': 'dynamic', 'factor': 2.0},
-     "rope_scaling with rope_type='dynamic': must be one of linear, llama3, yarn"),
-    ({'rope_type': 'llama3', 'factor': 2.0},
-     "rope_scaling of rope_type='llama3' lacks original_max_position_embeddings")])
+     "rope_type='dynamic': RoPE of this kind is not supported; default, linear, llama3, yarn are"),
+    ({'rope_type': 'longrope', 'factor': 2.0, 'long_factor': [1.0] * 4},
+     "rope_type='longrope': RoPE of this kind is not supported"),
+    ({'rope_type': 'default', 'mrope_section': [2, 1, 1]},
+     'mrope_section: RoPE over images and videos is not supported'),
+    ({'full_attention': {'rope_type': 'default'}}, 'RoPE of its own for full_attention'),
+    ({'rope_type': 'llama3', 'factor': 2.0}, "of rope_type='llama3' lacks low_freq_factor"),
+    ({'rope_type': 'yarn'}, "of rope_type='yarn' lacks factor"),
+    ({'rope_type': 'yarn', 'factor': None}, 'factor=None: must be a number above 0'),
+    ({'rope_type': 'linear', 'factor': '4'}, "factor='4': must be a number above 0"),
+    ({'rope_type': 'linear', 'factor': 0}, 'factor=0: must be a number above 0'),
+    ({**LLAMA3, 'high_freq_factor': 1.0},
+     'high_freq_factor=1.0: must be above low_freq_factor=1.0')])
 def test_rope_that_cannot_be_is_refused_in_words(tmp_path, rope, words):
     make_theirs('Llama').save_pretrained(tmp_path)
     edit(tmp_path / 'config.json', rope_parameters={**rope, 'rope_theta': 1e4})
     with pytest.raises(ValueError) as e:
         Transformer.from_pretrained(tmp_path)
     assert words in str(e.value)
+    assert '{' not in str(e.value)
+    assert 'damaged' not in str(e.value)
+
+
+def test_quantised_weights_are_refused_without_all_that_is_said_of_them(tmp_path):
+    make_theirs('DeepseekV3').save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', quantization_config={'quant_method': 'fp8', 'fmt': 'e4m3'})
+    with pytest.raises(ValueError, match=r'quantised weights \(fp8\) are not read: convert') as e:
+        Transformer.from_pretrained(tmp_path)
     assert '{' not in str(e.value)
 
 
@@ -380,6 +433,9 @@ def make_alike(kind, **settings):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for name, p in model.named_parameters():
         p.data.mul_(3)
+    for name, bias in model.named_buffers():
+        if name.endswith('e_score_correction_bias'):
+            bias.normal_(0, 0.2)
     return model
 
 
@@ -391,6 +447,17 @@ def test_models_like_deepseek_v3_load_under_their_own_names(tmp_path, kind):
     assert bool(ours.moe_layers) == (kind != 'Youtu')
     saved = json.loads((tmp_path / 'ours/config.json').read_text(encoding='utf-8'))
     assert saved['model_type'] == 'deepseek_v3'
+
+
+@pytest.mark.parametrize('settings', [
+    {'rope_interleave': False},                             # which the indexed ones do not heed
+    {'n_group': 4, 'topk_group': 2, 'norm_topk_prob': False, 'routed_scaling_factor': 1.7},
+    {'tie_word_embeddings': True, 'rope_parameters': {**LLAMA3, 'rope_theta': 500.0}}])
+@pytest.mark.parametrize('kind', ALIKE)
+def test_what_their_config_json_may_say_is_heeded(tmp_path, kind, settings):
+    if kind == 'Youtu' and 'n_group' in settings:
+        pytest.skip('it has no experts')
+    loads_and_goes_round(make_alike(kind, **settings), tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['DeepseekV32', 'GlmMoeDsa'])
@@ -442,8 +509,7 @@ def test_their_config_json_without_a_key_means_their_class_default(tmp_path, kin
             assert getattr(found, field.name) == getattr(wanted, field.name), field.name
 
 
-@pytest.mark.parametrize('kind', ['axk1', 'axk2', 'mistral4', 'longcat_flash', 'deepseek_v2',
-                                  'deepseek_v4', 'sarvam_moe', 'kimi_linear'])
+@pytest.mark.parametrize('kind', kinds.DIFFERENT)
 def test_what_only_looks_alike_is_refused_by_name(tmp_path, kind):
     make_theirs('DeepseekV3').save_pretrained(tmp_path)
     edit(tmp_path / 'config.json', model_type=kind)
@@ -460,16 +526,47 @@ def test_dense_layers_behind_sparse_ones_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- MTP layers in transformers
 
-def test_transformers_drafts_with_our_mtp_layer_once_it_is_told_which_one_it_is(tmp_path):
+def mtp_drafter(folder, depth):
+    """-> a model of ours with MTP layers, and the same in transformers, which drafts with them"""
     if not hasattr(transformers.GenerationConfig(), 'use_mtp'):
         pytest.skip('this transformers does not draft with MTP layers')
-    config = Config(**SIZES, **MLA, **MOE, num_nextn_predict_layers=1, initializer_range=0.2)
-    Transformer(config).save_pretrained(tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.manual_seed(0)
+    ours = Transformer(Config(**SIZES, **MLA, **MOE, num_nextn_predict_layers=depth,
+                              initializer_range=0.2)).eval()
+    ours.save_pretrained(folder)
+    return ours, transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def tell_mtp_layers(model):
+    first = model.config.num_hidden_layers                  # as docs/convert.md has it
+    names = [rf'model\.layers\.{first + k}\.' for k in range(model.config.num_mtp_layers)]
+    model._keys_to_ignore_on_load_unexpected = names
+
+
+@pytest.mark.parametrize('depth', [1, 2])
+def test_transformers_drafts_with_our_mtp_layers_once_it_is_told_which_they_are(tmp_path, depth):
+    ours, model = mtp_drafter(tmp_path, depth)
     idx = torch.arange(12)[None]
-    plain = model.generate(idx, max_new_tokens=40, do_sample=False)
+    plain = greedy(model, idx, 40)
+    assert ours.generate(idx, 40).equal(plain)
     with pytest.raises(RuntimeError, match='MtpModel weights are missing'):
-        model.generate(idx, max_new_tokens=40, do_sample=False, use_mtp=True)
-    model._keys_to_ignore_on_load_unexpected = [r'model\.layers\.2\.']
-    drafted = model.generate(idx, max_new_tokens=40, do_sample=False, use_mtp=True)
-    assert drafted.equal(plain)
+        greedy(model, idx, 40, use_mtp=True)
+    tell_mtp_layers(model)
+    assert greedy(model, idx, 40, use_mtp=True).equal(plain)
+
+
+def test_an_mtp_layer_predicts_the_same_in_transformers(tmp_path):
+    ours, model = mtp_drafter(tmp_path, 2)
+    tell_mtp_layers(model)
+    theirs = transformers.modeling_layers.MtpModel.from_pretrained(model).eval()
+    idx = torch.arange(12)[None]
+    with torch.no_grad():
+        state, _ = ours.hidden(idx)
+        their_state = model.model(idx).last_hidden_state
+        for k in (1, 2):
+            T = 12 - k
+            embedded = ours.model.embed_tokens(idx[:, k:])
+            state, _ = ours.model.layers[1 + k](state[:, :T], embedded, ours.rope[:, :T])
+            their_state = theirs.forward_layer(k - 1, their_state[:, :T], torch.arange(T)[None],
+                                               None, input_ids=idx[:, k:])
+            assert (state - their_state).abs().max() < 1e-5 * their_state.abs().max()
