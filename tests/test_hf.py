@@ -476,6 +476,23 @@ def test_an_indexed_model_is_read_up_to_the_context_in_which_it_is_equal(tmp_pat
         assert (longer(idx)[0] - theirs(idx).logits).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize('kind', ['glm4_moe_lite', 'deepseek_v32', 'glm_moe_dsa', 'deepseek_v3'])
+def test_their_mtp_layers_load_and_an_indexer_has_a_place_in_indexed_models_only(tmp_path, kind):
+    ours = Transformer(Config(**SIZES, **MLA, **MOE, num_nextn_predict_layers=1)).eval()
+    ours.save_pretrained(tmp_path)
+    edit(tmp_path / 'config.json', model_type=kind, index_topk=40, **DENSE_FIRST)
+    again = Transformer.from_pretrained(tmp_path)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    for layer in range(3):                                  # the last one is MTP's
+        add_tensor(tmp_path, f'model.layers.{layer}.self_attn.indexer.wk.weight', torch.ones(8, 48))
+    if kind in kinds.INDEXED:
+        assert torch.equal(logits_of(Transformer.from_pretrained(tmp_path).eval()), logits_of(ours))
+    else:
+        with pytest.raises(ValueError, match='self_attn.indexer.wk.weight has no place'):
+            Transformer.from_pretrained(tmp_path)
+
+
 def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
     theirs = make_theirs('DeepseekV3')
     theirs.save_pretrained(tmp_path)
