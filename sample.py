@@ -27,7 +27,7 @@ import torch  # noqa: E402
 import config  # noqa: E402
 from model import Transformer  # noqa: E402
 from nanoseek import chat, checkpoint, folders  # noqa: E402
-from nanoseek.device import is_out_of_memory, pick_device  # noqa: E402
+from nanoseek.device import in_a_line, is_out_of_memory, pick_device  # noqa: E402
 from nanoseek.tokenizer import decode, encode, load_tokenizer  # noqa: E402
 
 
@@ -140,8 +140,7 @@ def compile_decoding(model):
         list(model.stream(two, 2))
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
         model.hidden = eager
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0][:100]
-        return f'torch.compile does not work here ({reason})'
+        return f'torch.compile does not work here ({in_a_line(e)})'
     return None
 
 

@@ -14,7 +14,7 @@ from nanoseek.estimate import flops_per_token, parameter_table
 from nanoseek.hf import named_views
 from model import Block, Cache, Config, Experts, Transformer, rope_table, sample
 from sample import compile_decoding
-from support import asset
+from support import asset, why_not_compile
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore:Initializing zero-element tensors'
@@ -473,7 +473,7 @@ def test_cached_generation_equals_uncached(attention, feed, room, prompt, new):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')
+@pytest.mark.skipif(bool(why_not_compile()), reason=why_not_compile())
 @pytest.mark.parametrize('attention, feed', [('mla', 'moe'), ('gqa', 'dense')])
 def test_compiled_decoding_gives_the_same_text_and_compiles_once(attention, feed):
     model, idx = (

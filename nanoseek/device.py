@@ -112,6 +112,14 @@ def wants_compile(s, device):
     return s.compile
 
 
+def in_a_line(error):
+    """The beginning of an error's text, which may have many lines"""
+    words = ' '.join(str(error).split())
+    if not words:
+        words = type(error).__name__
+    return words[:120]
+
+
 def compiled(model, forward, s, device, amp):
     """forward compiled where that is wanted and works, else as it is, and why it does not work, or
     None. amp: makes the context of a forward pass"""
@@ -126,8 +134,7 @@ def compiled(model, forward, s, device, amp):
                 _, loss = fast(idx, idx)
             loss.backward()
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
-        reason = str(e).strip() or type(e).__name__
-        problem = f'torch.compile does not work here ({reason.splitlines()[0][:100]})'
+        problem = f'torch.compile does not work here ({in_a_line(e)})'
         fast = forward
     model.zero_grad(set_to_none=True)
     model.expert_load.zero_()

@@ -2,7 +2,9 @@
 import contextlib
 import functools
 import json
+import locale
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +19,15 @@ import train
 from model import Config, Transformer
 from nanoseek import fit, monitor
 from nanoseek.estimate import memory_estimate
+
+
+def why_not_compile():
+    """Why torch.compile cannot work here, or an empty text"""
+    if not shutil.which('c++'):
+        return 'no C++ compiler'
+    if locale.getpreferredencoding(False).lower() not in ('utf-8', 'utf8'):
+        return "torch's Inductor reads its own templates in the locale's encoding"
+    return ''
 
 
 def asset(name):

@@ -82,7 +82,7 @@ def load(folder, run):
 
 # ------------------------------------------------------------------------------ a round trip
 
-@pytest.mark.parametrize('name', ['run', 'a b', b'r\xff\xfe', '\u540d'])
+@pytest.mark.parametrize('name', ['run', 'a b', b'r\xff\xfe', '\u540d'.encode()])
 def test_what_was_written_is_found_whole_and_comes_back_bit_for_bit(tmp_path, run, name):
     out = tmp_path / os.fsdecode(name)
     line = run.write(out / 'step-000003')

@@ -10,12 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanoseek import ops
 from nanoseek.estimate import Live
+from support import why_not_compile
 
 # all different, so that no two dims can be confused
 B, H, G, D, E, K = 2, 6, 3, 40, 8, 3
 
 compiled = pytest.mark.parametrize('compiled', [False, pytest.param(True, marks=[
-    pytest.mark.slow, pytest.mark.skipif(not shutil.which('c++'), reason='no C++ compiler')])])
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why_not_compile()), reason=why_not_compile())])])
 
 
 def close(a, b, tolerance=1e-5):
