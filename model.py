@@ -20,7 +20,7 @@ Parameters carry Hugging Face's names (Llama, Glm4Moe, DeepseekV3). Operations t
 than their plain form to be fast are in nanoseek/ops.py, the files' format in nanoseek/hf.py.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanoseek import hf, ops
+from nanoseek import hf, ops, speculate
 
 
 # ---------------------------------------------------------------------------------- Config
@@ -594,12 +594,12 @@ class MTP(Block):
         self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({'norm': RMSNorm(D, config.rms_norm_eps)})
 
-    def forward(self, h, embedded, rope, mask=None):
+    def forward(self, h, embedded, rope, cache=None, mask=None):
         """h (B, T, D) of the depth before, after its norm; embedded (B, T, D), the tokens
         ahead -> (B, T, D), whose logits by the shared head are eq. 23, and Block's stats"""
         both = torch.cat((self.enorm(embedded), self.hnorm(h)), -1)     # in the order of V3's
         x = self.eh_proj(both).to(embedded.dtype)                       # weights; eq. 21
-        x, stats = super().forward(x, rope, mask=mask)                                 # eq. 22
+        x, stats = super().forward(x, rope, cache, 0, mask)                            # eq. 22
         return self.shared_head['norm'](x), stats
 
 
@@ -741,7 +741,7 @@ class Transformer(nn.Module):
             ahead = targets[:, k - 1:-1].clamp(min=0)
             embedded = self.model.embed_tokens(ahead)                               # (B, T, D)
             mask = self.document_mask(idx[:, :T])
-            h, of_layer = self.run(layer, h[:, :T], embedded, self.rope[:, :T], mask)
+            h, of_layer = self.run(layer, h[:, :T], embedded, self.rope[:, :T], None, mask)
             stats.append(of_layer)
             losses.append(ops.linear_cross_entropy(
                 h.flatten(0, 1), self.head, targets[:, k:].flatten()))                 # eq. 24
@@ -760,11 +760,21 @@ class Transformer(nn.Module):
     # ---------------------------------------------------------------------------- generation
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None):
+    def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, drafts=None):
         """idx (B, T) -> yields max_new_tokens times the next tokens (B, 1). When the context
-        is full, it goes on from its last half."""
+        is full, it goes on from its last half. drafts: a speculate.Drafts, with which the MTP
+        layers draft; the tokens are distributed alike with and without."""
         size = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings)
         dtype = ops.compute_dtype(self.head)
+
+        def make_cache(layers):
+            config = replace(self.config, num_hidden_layers=layers)
+            return Cache(config, len(idx), size + 1, idx, dtype)                    # never full
+
+        if drafts is not None and self.can_draft:
+            yield from speculate.stream(self, make_cache, idx, max_new_tokens, size, temperature,
+                                        top_k, top_p, drafts)
+            return
         cache = None
         new = idx
         for _ in range(max_new_tokens):
@@ -772,7 +782,7 @@ class Transformer(nn.Module):
                 cache = None
                 new = idx[:, -(size + 1) // 2:]
             if cache is None:
-                cache = Cache(self.config, len(idx), size + 1, idx, dtype)      # never full
+                cache = make_cache(self.config.num_hidden_layers)
             with ops.decoding_kernels(new.numel()):
                 h, _ = self.hidden(new, cache)
                 logits = F.linear(h[:, -1], self.head).float()                         # (B, V)
@@ -780,15 +790,21 @@ class Transformer(nn.Module):
             idx = torch.cat((idx, new), 1)
             yield new
 
-    def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=None):
+    @property
+    def can_draft(self):
+        """Whether there are MTP layers, and caches from which a rejected draft can be taken"""
+        return self.config.num_nextn_predict_layers > 0 and self.config.attention != 'linear'
+
+    def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=None,
+                 drafts=None):
         """idx (B, T) -> (B, T + new): max_new_tokens, or until every row has come to an id of
-        stop (one or several), which the row then repeats."""
+        stop (one or several), which the row then repeats. drafts: as for stream"""
         if stop is None or isinstance(stop, int):
             stop = [stop]
         stops = [i for i in stop if i is not None]
         out = idx
         last = None                                  # (B, 1), the stop token of a row, else -1
-        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p):
+        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, drafts):
             if last is None:
                 last = torch.full_like(new, -1)
             new = torch.where(last >= 0, last, new)
