@@ -135,7 +135,7 @@ def test_more_than_65536_tokens_are_uint32(tmp_path):
 def test_preparing_twice_is_byte_identical_and_leaves_nothing_else(tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'mine.txt').write_text(NASTY * 3, newline='')
+        (tmp_path / name / 'mine.txt').write_text(NASTY * 3, encoding='utf-8', newline='')
         assert run(tmp_path / name, 'mine.txt', '--tokenizer=bpe:400').returncode == 0
     assert files(tmp_path / 'a') == files(tmp_path / 'b')
     assert (
@@ -1139,7 +1139,8 @@ def test_packed_rows_are_read_whole_and_in_any_order_once(tmp_path):
     rows = {split: ids.reshape(-1, 33).tolist() for split, ids in raw_ids(data.directory).items()}
     W = data.windows('train', 32)
     assert W == len(rows['train'])
-    vocab = json.loads((data.directory / 'tokenizer.json').read_text())['model']['vocab']
+    text = (data.directory / 'tokenizer.json').read_text(encoding='utf-8')
+    vocab = json.loads(text)['model']['vocab']
     letters = {i: token for token, i in vocab.items()}  # one for each byte
     for split, of in rows.items():  # a cut within a character is not exact
         size = sum(len(letters[i]) for ids in of for i in ids if i != data.eot_id)

@@ -142,7 +142,8 @@ def test_a_tokenizer_of_another_model_is_one_line(folder, tmp_path):
     config = Config(vocab_size=90, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                     attention='gqa', max_position_embeddings=64)
     Transformer(config).save_pretrained(tmp_path)
-    done = run(f'--checkpoint={tmp_path}', '--prompt=\u00fc')
+    (tmp_path / 'prompt').write_text('\u00fc', encoding='utf-8')
+    done = run(f'--checkpoint={tmp_path}', f'--prompt=@{tmp_path}/prompt')
     assert done.returncode == 2
     assert 'tokenizer.json is of another model' in done.stderr
     assert done.stderr.count('\n') == 1
@@ -182,8 +183,9 @@ def test_a_prompt_is_read_by_the_rule_of_the_models_tokenizer(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
-def test_no_letter_ends_a_text_whatever_the_terminal(folder, encoding):
-    done = run(f'--checkpoint={folder}', '--prompt=日本語 Grüße', '--max_new_tokens=30',
+def test_no_letter_ends_a_text_whatever_the_terminal(folder, tmp_path, encoding):
+    (tmp_path / 'prompt').write_text('日本語 Grüße', encoding='utf-8')
+    done = run(f'--checkpoint={folder}', f'--prompt=@{tmp_path}/prompt', '--max_new_tokens=30',
                env={**os.environ, 'PYTHONIOENCODING': encoding}, errors='replace')
     assert done.returncode == 0
     assert 'Traceback' not in done.stderr
