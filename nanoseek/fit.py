@@ -127,6 +127,8 @@ def fit(model_class, c, s, dtype, room, shardings):
                 line = None
                 if s.batch_size == 0 or len(shardings) > 1:
                     line = reason(s, room, needs, way, ways[fitting:])
+                    if sharded and len(shardings) > 1:
+                        line += '; parallel=fsdp: a whole model does not fit'
                 return way, needs.memory(way), line
     smallest = ways[0]
     problem = advice(model_class, c, s, dtype, room, smallest)
@@ -143,8 +145,6 @@ def reason(s, room, needs, way, larger):
         words[0] += f', the next larger one {megabytes(needs.bytes(larger[0]))}'
     if way.twice and not s.gradient_checkpointing:
         words.append('gradient_checkpointing=true: nothing fits without it')
-    if way.sharded:
-        words.append('parallel=fsdp: a whole model does not fit')
     return '; '.join(words)
 
 

@@ -79,6 +79,8 @@ def test_a_model_is_shared_only_where_a_whole_one_does_not_fit():
         way, _, line = fit(Transformer, c, s, torch.float32, room, (False, True))
         assert way.sharded == sharded
         assert ('parallel=fsdp: a whole model does not fit' in line) == sharded
+    _, _, line = fit(Transformer, c, s, torch.float32, room, (True,))
+    assert 'parallel' not in line                       # it was asked for
 
 
 def test_on_a_cpu_the_copy_that_a_checkpoint_is_written_from_counts():
