@@ -837,11 +837,5 @@ def sample(logits, temperature, top_k=None, top_p=None):
     the top_k likeliest and of the fewest that make up the probability top_p."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits, ids = (logits / temperature).sort(-1, descending=True)                     # (B, V)
-    if top_k is not None:
-        logits[:, top_k:] = -math.inf
-    if top_p is not None:
-        p = logits.softmax(-1)
-        before = p.cumsum(-1) - p                     # how much the likelier ones make up
-        logits[before >= max(top_p, 1e-9)] = -math.inf
+    logits, ids = speculate.likeliest(logits, temperature, top_k, top_p)               # (B, V)
     return ids.gather(1, logits.softmax(-1).multinomial(1))

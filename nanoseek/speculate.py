@@ -127,15 +127,22 @@ def choose(logits, temperature, top_k, top_p):
 def probabilities(logits, temperature, top_k=None, top_p=None):
     """logits (..., V) -> what sampling draws from: the softmax at a temperature, of the top_k
     likeliest and of the fewest that make up the probability top_p"""
+    logits, ids = likeliest(logits, temperature, top_k, top_p)
+    p = logits.softmax(-1)
+    return torch.zeros_like(p).scatter(-1, ids, p)
+
+
+def likeliest(logits, temperature, top_k=None, top_p=None):
+    """logits (..., V) -> the same at a temperature, the likeliest first, with -inf for what is not
+    drawn from; and their tokens"""
     logits, ids = (logits / temperature).sort(-1, descending=True)
     if top_k is not None:
         logits[..., top_k:] = -math.inf
     if top_p is not None:
         p = logits.softmax(-1)
-        before = p.cumsum(-1) - p
+        before = p.cumsum(-1) - p                     # how much the likelier ones make up
         logits[before >= max(top_p, 1e-9)] = -math.inf
-    p = logits.softmax(-1)
-    return torch.zeros_like(p).scatter(-1, ids, p)
+    return logits, ids
 
 
 def check(logits, drafts, notes, temperature, top_k, top_p):
