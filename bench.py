@@ -35,15 +35,17 @@ from torch import nn
 
 import config
 import train
-from model import (ATTENTION, MLP, MTP, Config, Embedding, Experts, MoE, RMSNorm, Router,
+from model import (ATTENTION, MLP, MTP, Cache, Config, Embedding, Experts, MoE, RMSNorm, Router,
                    Transformer)
 from nanoseek import folders, tokens
 from nanoseek.device import (check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device,
                              to_fp8, wants_compile)
 from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
+from nanoseek.ops import decoding_kernels
 from nanoseek.optim import make_optimizer
 from nanoseek.parts import (ATTEND, DATA, DENSE, EXPERTS, HEAD, OPTIMIZER, ORDER, REST, ROUTER,
                             Parts)
+from nanoseek.speculate import Drafts
 from nanoseek.tokenizer import load_tokenizer
 from sample import compile_decoding
 
@@ -365,6 +367,55 @@ def decoder(stream):
     return job
 
 
+def drafting_row(model, context, rounds):
+    """What drafting costs behind so many tokens, at batch 1: a pass of one token, one of two, of
+    which the second is a draft, and the making of a draft. None without an MTP layer that can"""
+    if not model.can_draft:
+        return None
+    c = model.config
+    prompt = torch.randint(0, c.vocab_size, (1, context), device=model.head.device)
+    caches = {}
+    for name, layers in (('hidden', c.num_hidden_layers), ('mtp', 1)):
+        caches[name] = Cache(replace(c, num_hidden_layers=layers), 1, context + 8, model.head,
+                             model.head.dtype)
+    h, _ = model.hidden(prompt, caches['hidden'])
+    model.mtp(1, h, prompt, caches['mtp'])
+    state = h[:, -1:].clone()
+
+    def first_choices(h):
+        return F.linear(h, model.head).argmax(-1).tolist()
+
+    def pass_of(count):
+        tokens = prompt[:, :count].clone()
+
+        def one_pass():
+            with decoding_kernels(count):
+                caches['hidden'].length = context
+                h, _ = model.hidden(tokens, caches['hidden'])
+                first_choices(h)
+        return one_pass
+
+    one = prompt[:, :1].clone()
+
+    def draft():
+        with decoding_kernels(1):
+            caches['mtp'].length = context
+            h, _ = model.mtp(1, state, one, caches['mtp'])
+            first_choices(h)
+
+    jobs = {}
+    for name, job in (('one', pass_of(1)), ('two', pass_of(2)), ('draft', draft)):
+        jobs[name] = partial(time_of, job)
+    times = medians(jobs, 10 * rounds)
+    one, two, draft = (1e3 * times[name][0] for name in ('one', 'two', 'draft'))
+    return {'context': context, 'one_ms': one, 'two_ms': two, 'draft_ms': draft,
+            'breaks_even_at': (two + draft) / one - 1}
+
+
+def time_of(job):
+    return [seconds(job)]
+
+
 def generated(model):
     """decoder's job for a model of transformers"""
     def job(prompt, n):
@@ -393,12 +444,8 @@ def our_contenders(s, t, model, device, dtype, folder):
     """Yields ours with AdamW; with the config's optimizer, if that is another; without experts but
     with the same active FLOPs"""
     c = model.config
-    own = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval()
+    own = decoding_model(t, folder, device, dtype)
     loss_of = own_loss(model, t, device, dtype)
-    if wants_compile(t, device):
-        problem = compile_decoding(own)
-        if problem:
-            raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
 
     def contender(name, model, loss_of, optimizer, decode=None):
         step = trainer(model, loss_of, c.vocab_size, t, device, dtype, optimizer)
@@ -413,6 +460,19 @@ def our_contenders(s, t, model, device, dtype, folder):
         other = Transformer(dense(c)).to(device).train()
         loss_of = own_loss(other, t, device, dtype)
         yield contender('nanoseek, dense, same active FLOPs', other, loss_of, adamw(other, device))
+
+
+def decoding_model(t, folder, device, dtype, with_drafts=False):
+    """-> the model in folder, for decoding, compiled where the settings say so"""
+    model = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval()
+    drafts = None
+    if with_drafts and model.can_draft:
+        drafts = Drafts()
+    if wants_compile(t, device):
+        problem = compile_decoding(model, drafts)
+        if problem:
+            raise ValueError(f'compile={t.compile}: {problem}: take --compile=false')
+    return model
 
 
 def transformers_contenders(model, t, device, dtype, folder):
@@ -519,6 +579,9 @@ def measure(s, t, given, folder):
     found['decoding'] = decoding_rows(s, contenders, contexts, c.vocab_size, device)
     read = weights_read(model) / 4 * dtype.itemsize     # the model is float32, decoding in dtype
     add_share_of_copy(found['decoding'], read, found['machine']['copy_bytes'])
+    with torch.no_grad():
+        found['drafting'] = drafting_row(decoding_model(t, folder, device, dtype, True),
+                                         contexts[0], s.rounds)
     found.update(parts_of_step(s, t, model, device, dtype))
     return found
 
@@ -542,11 +605,8 @@ def memory_row(t, c, device, dtype):
 
 
 def training_rows(s, t, contenders, matmul_flops):
-    def time_of_step(step):
-        return [seconds(step)]
-
     those = [contender for contender in contenders if contender.step is not None]
-    jobs = {contender.name: partial(time_of_step, contender.step) for contender in those}
+    jobs = {contender.name: partial(time_of, contender.step) for contender in those}
     times = medians(jobs, s.rounds)
     count = t.batch_size * t.block_size
     first, = times['nanoseek']
@@ -619,6 +679,7 @@ def show(found, optimizer):
     show_parts(found, optimizer)
     show_memory(found)
     show_decoding(found)
+    show_drafting(found['drafting'])
     others = [row for row in found['training'] if not row['name'].startswith('nanoseek')]
     if others:
         best = min(others, key=lambda row: row['ms'])
@@ -692,6 +753,16 @@ def show_decoding(found):
         if row['of_copy']:
             cells.append(f'{row["of_copy"]:.0%}')
         print_row(widths, cells)
+
+
+def show_drafting(row):
+    if row is None:
+        return
+    cost = 1 + row['breaks_even_at']
+    print(f'\ndrafting behind {row["context"]} tokens: a pass of one token takes '
+          f'{row["one_ms"]:.2f} ms, of two {row["two_ms"]:.2f}, a draft {row["draft_ms"]:.2f}: '
+          f'decoding is (1 + accepted) / {cost:.2f} times as fast, '
+          f'{1.5 / cost:.2f} where half of the drafts are accepted, {1.9 / cost:.2f} with 90%')
 
 
 # --------------------------------------------------------------------------------- corpus

@@ -615,6 +615,7 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False             # these two are set from outside
         self.doc_attention_mask = False
         self.losses = {}                                # the parts of the last training loss
+        self.mtp_accuracy = []                          # each depth's, in the last evaluation
         self.dropout = nn.Dropout(config.dropout)
         layers = []
         for i in range(config.num_hidden_layers):
@@ -709,12 +710,14 @@ class Transformer(nn.Module):
     def forward(self, idx, targets=None):
         """idx (B, T) -> logits (B, T, V) float32, None. With targets (B, T), of which -100 is
         ignored -> None, the loss in nats: the mean next-token loss, and in training those of
-        MTP and balance added. self.losses has the parts."""
+        MTP and balance added. self.losses has the parts, self.mtp_accuracy in evaluation the
+        shares of right guesses."""
         h, stats = self.hidden(idx)
         if targets is None:
             return F.linear(h, self.head).float(), None
         loss = ops.linear_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
         if not self.training:
+            self.mtp_accuracy = self.right_guesses(h, idx, targets)
             return None, loss
         self.losses = {'main': loss.detach()}
         if self.config.num_nextn_predict_layers:
@@ -729,23 +732,51 @@ class Transformer(nn.Module):
             self.expert_load += torch.stack(loads)     # here: a recomputed layer counts twice
         return None, loss
 
-    def mtp_loss(self, h, idx, targets, stats):
-        """h (B, T, D), idx and targets (B, T) -> the mean loss of the MTP layers, whose stats
-        are added. Depth k sees state h_i and token t_{i+k}, and predicts t_{i+k+1}; targets_i
-        is t_{i+1}."""
-        losses = []
-        layers = self.model.layers[self.config.num_hidden_layers:]
-        for k, layer in enumerate(layers, 1):
+    def mtp(self, k, h, tokens, cache=None, mask=None):
+        """Depth k = 1, 2, ...: h (B, T, D) of the depth before and the token k ahead of each,
+        tokens (B, T) -> states (B, T, D) from which the head predicts the token after that, and
+        stats. cache: the depth's own"""
+        past = 0
+        if cache is not None:
+            past = cache.length
+        rope = self.rope[:, past:past + tokens.shape[1]]
+        layer = self.model.layers[self.config.num_hidden_layers + k - 1]
+        return self.run(layer, h, self.model.embed_tokens(tokens), rope, cache, mask)
+
+    def mtp_states(self, h, idx, targets):
+        """h (B, T, D), idx and targets (B, T) -> of each depth its states (B, T - k, D), what
+        they shall predict (B, T - k), and stats. Depth k sees state h_i and token t_{i+k}, and
+        predicts t_{i+k+1}; targets_i is t_{i+1}."""
+        found = []
+        for k in range(1, self.config.num_nextn_predict_layers + 1):
             T = targets.shape[1] - k
             assert T > 0, 'a sequence must be longer than num_nextn_predict_layers'
             ahead = targets[:, k - 1:-1].clamp(min=0)
-            embedded = self.model.embed_tokens(ahead)                               # (B, T, D)
-            mask = self.document_mask(idx[:, :T])
-            h, of_layer = self.run(layer, h[:, :T], embedded, self.rope[:, :T], None, mask)
+            h, stats = self.mtp(k, h[:, :T], ahead, mask=self.document_mask(idx[:, :T]))
+            found.append((h, targets[:, k:], stats))
+        return found
+
+    def mtp_loss(self, h, idx, targets, stats):
+        """-> the mean loss of the MTP layers, whose stats are added. Arguments as for mtp_states"""
+        losses = []
+        for state, wanted, of_layer in self.mtp_states(h, idx, targets):
             stats.append(of_layer)
             losses.append(ops.linear_cross_entropy(
-                h.flatten(0, 1), self.head, targets[:, k:].flatten()))                 # eq. 24
+                state.flatten(0, 1), self.head, wanted.flatten()))                     # eq. 24
         return sum(losses) / len(losses)                                               # eq. 25
+
+    def right_guesses(self, h, idx, targets):
+        """-> a list: how often each depth's first choice is the token that comes. Empty where the
+        sequences are too short to tell"""
+        shares = []
+        if targets.shape[1] <= self.config.num_nextn_predict_layers:
+            return shares
+        for state, wanted, _ in self.mtp_states(h, idx, targets):
+            best = ops.linear_argmax(state.flatten(0, 1), self.head)
+            counts = wanted.flatten() >= 0
+            right = (best == wanted.flatten()) & counts
+            shares.append(right.sum() / counts.sum().clamp(min=1))
+        return shares
 
     def update_router_bias(self, load):
         """Loss-free balancing [2], once an optimizer step: an expert that got too many tokens

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +25,11 @@ os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 import torch  # noqa: E402
 
 import config  # noqa: E402
-from model import Transformer  # noqa: E402
+from model import Cache, Transformer  # noqa: E402
 from nanoseek import chat, checkpoint, folders  # noqa: E402
 from nanoseek.device import in_a_line, is_out_of_memory, pick_device  # noqa: E402
+from nanoseek.ops import compute_dtype, decoding_kernels  # noqa: E402
+from nanoseek.speculate import Drafts  # noqa: E402
 from nanoseek.tokenizer import decode, encode, load_tokenizer  # noqa: E402
 
 
@@ -47,6 +49,7 @@ class Settings:
     stop: str | None = None         # a token to stop at; none: those of the model, where it has any
     chat: bool = False              # put the prompt into the model's chat template, show the answer
     special_in_prompt: Choice = 'auto'  # '<|im_end|>' in it is that token; auto: as in the data
+    speculate: Choice = 'auto'      # MTP layers draft: faster, and as likely the same text
     seed: int = 1337                # of the choices
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
@@ -119,37 +122,85 @@ def stop_ids(s, folder, model, tokenizer):
     return [stop]
 
 
-def compile_decoding(model):
-    """Single tokens go through torch.compile from now on: compiled once for all lengths of the
-    cache, and for good, as dtype, device and mode are not looked at again (checking every weight
-    would cost half a millisecond a token). -> a line that says why it does not work here, or None
+def drafts_of(s, model):
+    """The setting speculate -> what counts the drafts, or None where there are none"""
+    if s.speculate is True and not model.can_draft:
+        raise ValueError('speculate=true: this model has no MTP layers, or linear attention, which '
+                         'cannot go back')
+    if s.speculate is False or not model.can_draft:
+        return None
+    return Drafts()
+
+
+def compile_decoding(model, drafts=None):
+    """Passes of few tokens go through torch.compile from now on: compiled once for all lengths of
+    the cache, and for good, as dtype, device and mode are not looked at again (checking every
+    weight would cost half a millisecond a token). drafts: None where the MTP layers do not draft
+    -> a line that says why it does not work here, or None
     """
-    eager = model.hidden
-    no_checks = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    compiled = torch.compile(eager, dynamic=True, fullgraph=True,
-                             options={'guard_filter_fn': no_checks})
+    hidden = model.hidden
+    mtp = model.mtp
+    compiled_hidden = compiled(hidden)
+    compiled_mtp = compiled(mtp)
+    most = 1
+    if drafts is not None:
+        most += model.config.num_nextn_predict_layers
 
-    def hidden(idx, cache=None):
-        if cache is not None and idx.shape[1] == 1 < cache.length:
-            return compiled(idx, cache)
-        return eager(idx, cache)
+    def is_short(tokens, cache):
+        return cache is not None and tokens.shape[1] <= most and cache.length > 1
 
-    model.hidden = hidden
+    def hidden_of_few(idx, cache=None):
+        if is_short(idx, cache):
+            return compiled_hidden(idx, cache)
+        return hidden(idx, cache)
+
+    def mtp_of_few(k, h, tokens, cache=None, mask=None):
+        if is_short(tokens, cache):
+            return compiled_mtp(k, h, tokens, cache)
+        return mtp(k, h, tokens, cache, mask)
+
+    model.hidden = hidden_of_few
+    model.mtp = mtp_of_few
     try:
-        two = torch.zeros(1, 2, dtype=torch.int64, device=model.head.device)
-        list(model.stream(two, 2))
+        compile_all(model, most)
     except Exception as e:      # no compiler, or one that cannot: whatever its layers raise
-        model.hidden = eager
+        model.hidden = hidden
+        model.mtp = mtp
         return f'torch.compile does not work here ({in_a_line(e)})'
     return None
 
 
-def stream_text(model, tokenizer, ids, stop, s):
+@torch.no_grad()
+def compile_all(model, most):
+    """Goes once through what compile_decoding compiles: passes of 1 to most tokens"""
+    dtype = compute_dtype(model.head)
+
+    def cache_of(layers):
+        config = replace(model.config, num_hidden_layers=layers)
+        cache = Cache(config, 1, 64, model.head, dtype)         # with room to spare
+        cache.length = 2
+        return cache
+
+    for rows in range(1, most + 1):
+        few = torch.zeros(1, rows, dtype=torch.int64, device=model.head.device)
+        with decoding_kernels(rows):
+            h, _ = model.hidden(few, cache_of(model.config.num_hidden_layers))
+            for depth in range(1, most):
+                model.mtp(depth, h, few, cache_of(1))
+
+
+def compiled(function):
+    no_checks = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(function, dynamic=True, fullgraph=True,
+                         options={'guard_filter_fn': no_checks})
+
+
+def stream_text(model, tokenizer, ids, stop, s, drafts):
     """Yields a text for every new token, empty while a character of several tokens is not
     complete."""
     from tokenizers.decoders import DecodeStream
     decoder = DecodeStream(ids=ids[0].tolist(), skip_special_tokens=False)
-    for token in model.stream(ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p):
+    for token in model.stream(ids, s.max_new_tokens, s.temperature, s.top_k, s.top_p, drafts):
         if token.item() in stop:
             break
         yield decoder.step(tokenizer, token.item()) or ''
@@ -172,8 +223,9 @@ def main(s):
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{s.checkpoint or folder}: {parameters:,} parameters', file=sys.stderr)
     model.to(device)
+    drafts = drafts_of(s, model)
     if s.compile:
-        problem = compile_decoding(model)
+        problem = compile_decoding(model, drafts)
         if problem:
             print(f'{problem}: going on without it', file=sys.stderr)
 
@@ -186,12 +238,15 @@ def main(s):
             print('\n---')
         if not s.chat:
             print(decode(tokenizer, ids), end='', flush=True)
-        for text in stream_text(model, tokenizer, prompt, stop, s):
+        for text in stream_text(model, tokenizer, prompt, stop, s, drafts):
             print(text, end='', flush=True)
             count += 1
     print(flush=True)
     seconds = time.perf_counter() - began
-    print(f'{count / seconds:.0f} tokens/s', file=sys.stderr)
+    speed = f'{count / seconds:.0f} tokens/s'
+    if drafts is not None:
+        speed += f', {drafts.share:.0%} of {drafts.made:,} drafts accepted'
+    print(speed, file=sys.stderr)
 
 
 def in_words(error):

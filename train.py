@@ -255,12 +255,17 @@ def settle_prompt(s, data):
 
 @torch.no_grad()
 def evaluate(model, data, s, device, amp, dist):
-    """Mean next-token loss over a source's val split, or its first eval_steps micro-batches, in
-    nats per token. The same for any number of ranks: they take turns"""
+    """-> {name: mean} over a source's val split, or its first eval_steps micro-batches: val_loss,
+    the next-token loss in nats per token; val_accept, how often the first choice of an MTP layer is
+    right, val_accept_2 of the second layer. The same for any number of ranks: they take turns"""
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, sequences
+    names = ['val_loss', 'val_accept']
+    for depth in range(2, model.config.num_nextn_predict_layers + 1):
+        names.append(f'val_accept_{depth}')
+    names = names[:1 + model.config.num_nextn_predict_layers]
+    total = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
     model.eval()
     for first in range(0, count, dist.world * s.batch_size):
         mine = first + dist.rank * s.batch_size
@@ -273,24 +278,29 @@ def evaluate(model, data, s, device, amp, dist):
         x, y = to_device(windows, device)
         with amp():
             _, loss = model(x, y)
-        total[0] += loss.double() * rows
-        total[1] += rows
+        means = torch.stack([torch.ones_like(loss), loss, *model.mtp_accuracy])
+        total += rows * means.double()
     model.train()
-    losses, sequences = dist.sum(total).tolist()
-    return losses / sequences
+    sequences, *sums = dist.sum(total).tolist()
+    return {name: value / sequences for name, value in zip(names, sums)}
 
 
 def validate(model, data, s, device, amp, dist):
-    """-> {name: number} for metrics.jsonl: val_loss in nats per token, val_bpb in bits per byte; of
+    """-> {name: number} for metrics.jsonl: what evaluate returns, and val_bpb in bits per byte; of
     a mixture these are means by share, and every source's own follow"""
-    losses = {name: evaluate(model, source, s, device, amp, dist)
-              for name, (source, _) in data.sources.items()}
-    loss = sum(losses[name] * share for name, (_, share) in data.sources.items())
-    found = {'val_loss': loss, 'val_bpb': loss / math.log(2) / data.bytes_per_token('val')}
-    if len(losses) > 1:
-        for name, loss in losses.items():
+    of_sources = {name: evaluate(model, source, s, device, amp, dist)
+                  for name, (source, _) in data.sources.items()}
+    found = Counter()
+    for name, (_, share) in data.sources.items():
+        for key, mean in of_sources[name].items():
+            found[key] += mean * share
+    found['val_bpb'] = found['val_loss'] / math.log(2) / data.bytes_per_token('val')
+    if len(of_sources) > 1:
+        for name, means in of_sources.items():
             source, _ = data.sources[name]
-            found[f'val_loss/{name}'] = loss
+            for key, mean in means.items():
+                found[f'{key}/{name}'] = mean
+            loss = means['val_loss']
             found[f'val_bpb/{name}'] = loss / math.log(2) / source.bytes_per_token('val')
     return found
 

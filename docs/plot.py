@@ -2,8 +2,8 @@
 
     python docs/plot.py out/a [out/b ...] [--out=plot.png] [--x=tokens]
 
-Loss, bits per byte, gradient norm and learning rate of all runs, side by side; below, for each run
-with experts, how the router spreads the tokens: every expert's share over the ideal at each
+Loss, bits per byte, gradient norm and learning rate of all runs, side by side, and where there are
+MTP layers how often their drafts are right; below, for each run with experts, how the router spreads the tokens: every expert's share over the ideal at each
 evaluation, layers one above the other.
 """
 import json
@@ -16,7 +16,8 @@ import numpy as np
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of its backend
 
-TITLES = ('loss, nats per token', 'validation, bits per byte', 'gradient norm', 'learning rate')
+TITLES = ('loss, nats per token', 'validation, bits per byte', 'gradient norm', 'learning rate',
+          'drafts that are right')
 
 
 def read(run):
@@ -78,7 +79,7 @@ def plot_curve(axis, entries, key, **style):
 
 
 def plot_run(axes, name, entries, color):
-    loss, bits, norm, rate = axes
+    loss, bits, norm, rate, *drafts = axes
     plot_curve(loss, entries, 'loss', color=color, lw=1, alpha=0.5, label=f'{name}, training')
     plot_curve(loss, entries, 'val_loss', color=color, marker='o', ms=4,
                label=f'{name}, validation')
@@ -89,6 +90,8 @@ def plot_run(axes, name, entries, color):
     plot_curve(bits, entries, 'val_bpb', color=color, marker='o', ms=4, label=label)
     plot_curve(norm, entries, 'grad_norm', color=color, lw=1)
     plot_curve(rate, entries, 'lr', color=color)
+    for axis in drafts:
+        plot_curve(axis, entries, 'val_accept', color=color, marker='o', ms=4)
     for entry in entries:           # a skipped step, a rollback, a spike
         if 'event' in entry:
             style = ':'
@@ -122,15 +125,18 @@ def plot(runs, x, out):
         if any('moe/load' in entry for entry in entries):
             with_experts.append(name)
     below = len(with_experts)
-    figure = plt.figure(figsize=(14, 4 + 3.2 * below), layout='constrained')
-    rows = figure.add_gridspec(1 + below, 4, height_ratios=[1.2] + [1] * below)
-    axes = [figure.add_subplot(rows[0, i]) for i in range(4)]
+    columns = 4
+    if any('val_accept' in entry for entries in runs.values() for entry in entries):
+        columns = 5
+    figure = plt.figure(figsize=(3.5 * columns, 4 + 3.2 * below), layout='constrained')
+    rows = figure.add_gridspec(1 + below, columns, height_ratios=[1.2] + [1] * below)
+    axes = [figure.add_subplot(rows[0, i]) for i in range(columns)]
     for i, (name, entries) in enumerate(runs.items()):
         plot_run(axes, name, entries, f'C{i % 10}')
     for axis, title in zip(axes, TITLES):
         axis.set(xlabel=x, title=title)
         axis.grid(alpha=0.3)
-    loss, bits, norm, _ = axes
+    loss, bits, norm, *_ = axes
     norm.set_yscale('log')
     for axis in (loss, bits):
         if axis.lines:

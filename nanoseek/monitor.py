@@ -192,6 +192,8 @@ def validation_line(step, found):
         f'validation loss {found["val_loss"]:.4f}',
         f'{found["val_bpb"]:.4f} bits per byte',
     ]
+    if 'val_accept' in found:
+        parts.append(f'drafts right {found["val_accept"]:.0%}')
     for name, value in found.items():
         if name.startswith('val_loss/'):        # of a mixture's sources
             parts.append(f'{name.removeprefix("val_loss/")} {value:.4f}')

@@ -38,6 +38,7 @@ def decoding_kernels(rows):
 # ------------------------------------------------------------------------------- attention
 
 QUERIES_OF_A_BLOCK = 128
+FEW_QUERIES = 8                     # a token and its drafts
 SHORT_CONTEXT = 512                 # up to here matmuls beat the fused kernel of a CPU
 
 
@@ -55,8 +56,8 @@ def attention(q, k, v, scale, mask=None):
     grouped = q.shape[1] != k.shape[1]
     if callable(mask):
         return mask(q, k, v, scale=scale, enable_gqa=grouped)
-    if T == 1 and d == dv:
-        return attention_of_one_query(q, k, v, scale)
+    if T <= FEW_QUERIES and (T == 1 or T < S) and d == dv:
+        return attention_of_few_queries(q, k, v, scale)
     if T < S or (q.device.type == 'cpu' and S <= SHORT_CONTEXT):
         return attention_in_blocks(q, k, v, scale, mask)
     v = F.pad(v, (0, max(d - dv, 0)))           # flash kernels want one size for q, k and v
@@ -65,12 +66,17 @@ def attention(q, k, v, scale, mask=None):
     return y[..., :dv]
 
 
-def attention_of_one_query(q, k, v, scale):
-    """attention() for T = 1, where nothing is masked: the H / G heads that share a key are
-    so many queries of one head."""
+def attention_of_few_queries(q, k, v, scale):
+    """attention() for few tokens in decoding: the H / G heads that share a key are so many more
+    queries of one head."""
     B, H, T, d = q.shape
-    q = q.reshape(B, k.shape[1], -1, d)                                     # (B, G, H/G, d)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).view(B, H, 1, d)
+    G, S = k.shape[1:3]
+    mask = None
+    if T > 1:
+        mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
+        mask = mask.repeat(H // G, 1)                                         # (H/G*T, S)
+    q = q.reshape(B, G, -1, d)                                             # (B, G, H/G*T, d)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).view(B, H, T, d)
 
 
 def attention_in_blocks(q, k, v, scale, mask=None):
@@ -309,6 +315,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_h, grad_weight = ctx.saved_tensors
         return grad_h.mul_(grad), grad_weight.mul_(grad), None, None
+
+
+def linear_argmax(h, weight):
+    """The first choice of a linear head:
+
+        F.linear(h, weight).argmax(-1)
+
+    h (N, D), weight (V, D) -> (N,). The logits exist in chunks of rows.
+    """
+    chunk = max(LOGITS_OF_A_CHUNK // len(weight), 256)
+    best = [F.linear(x, weight).argmax(-1) for x in h.split(chunk)]
+    return torch.cat(best)
 
 
 def softmax_less_one_hot(log_p, target, counts):

@@ -36,9 +36,9 @@ class Drafter:
     def __init__(self, model, make_cache):
         """make_cache(layers) -> a Cache of so many layers"""
         self.model = model
-        self.layers = model.model.layers[model.config.num_hidden_layers:]
-        self.caches = [make_cache(1) for _ in self.layers]
-        self.carried = [None] * len(self.layers)    # the state of the last confirmed position
+        depths = model.config.num_nextn_predict_layers
+        self.caches = [make_cache(1) for _ in range(depths)]
+        self.carried = [None] * depths              # the state of the last confirmed position
 
     def draft(self, h, after, count, pick):
         """h (B, R, D): the model's states of newly confirmed positions; after (B, R): the token
@@ -47,14 +47,12 @@ class Drafter:
         notes = []
         start = self.caches[0].length               # the position of h's first row
         above = None                                # what the depth above had carried until now
-        for k, (layer, cache) in enumerate(zip(self.layers[:count], self.caches)):
+        for k, cache in enumerate(self.caches[:count]):
             if cache.length < start:                # one position less is confirmed than above
                 h = torch.cat((above, h), 1)
                 start -= 1
             rows = h.shape[1]
-            embedded = self.model.model.embed_tokens(tokens[:, -rows:])             # (B, R, D)
-            rope = self.model.rope[:, start:start + rows]
-            h, _ = layer(h, embedded, rope, cache)
+            h, _ = self.model.mtp(k + 1, h, own(tokens[:, -rows:]), cache)          # (B, R, D)
             confirmed = max(rows - k, 0)            # the last k rows have drafts for tokens
             above = self.carried[k]
             if confirmed > 0:
@@ -106,13 +104,19 @@ def stream(model, make_cache, idx, max_new_tokens, size, temperature, top_k, top
         depth = model.config.num_nextn_predict_layers
         count = min(depth, left - 1, size - cache.length - 1)
         after = torch.cat((fresh[:, 1:], new), 1)   # the tokens behind the confirmed states
-        h = h[:, :h.shape[1] - (n - accepted)]
+        h = own(h[:, :h.shape[1] - (n - accepted)])
         fresh = token
         drafts = fresh[:, :0]
         notes = []
         if count > 0:
             with ops.decoding_kernels(h.shape[0] * h.shape[1]):
                 drafts, notes = drafter.draft(h, after, count, pick)
+
+
+def own(x):
+    """A slice in memory of its own: torch.compile looks at what a tensor is a slice of, and would
+    compile again"""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def choose(logits, temperature, top_k, top_p):

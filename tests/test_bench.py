@@ -72,6 +72,10 @@ def test_json_has_every_row(found):
         assert row['ms'] > 0 and row['mfu'] > 0
         assert row['tokens_per_s'] == pytest.approx(512e3 / row['ms'])
     assert rows[2]['flops_per_token'] == pytest.approx(rows[0]['flops_per_token'], rel=0.02)
+    drafting = found['drafting']
+    assert 0 < drafting['draft_ms'] < drafting['one_ms'] + drafting['two_ms']
+    assert (1 + drafting['breaks_even_at']) * drafting['one_ms'] == pytest.approx(
+        drafting['two_ms'] + drafting['draft_ms'])
     decoded = set()
     for row in found['decoding']:
         decoded.add((row['name'], row['context'], row['batch']))

@@ -2,6 +2,7 @@
 $NANOSEEK_ASSETS (smollm2/) and is skipped without it."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,25 @@ def test_no_letter_ends_a_text_whatever_the_terminal(folder, tmp_path, encoding)
     assert done.returncode == 0
     assert 'Traceback' not in done.stderr
     assert ('\\u65e5' in done.stdout) == (encoding != 'utf-8')
+
+
+@pytest.mark.slow
+def test_drafts_are_made_where_the_model_can_and_shown_beside_the_speed(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    torch.manual_seed(1)
+    config = Config(vocab_size=258, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                    kv_lora_rank=8, n_routed_experts=4, num_nextn_predict_layers=2,
+                    max_position_embeddings=64)
+    Transformer(config).save_pretrained(tmp_path)
+    options = '--temperature=0', '--max_new_tokens=40'
+    with_drafts = run(f'--checkpoint={tmp_path}', *options)
+    without = run(f'--checkpoint={tmp_path}', *options, '--speculate=false')
+    assert with_drafts.stdout == without.stdout
+    assert re.search(r'tokens/s, \d+% of \d+ drafts accepted$', with_drafts.stderr.strip())
+    assert without.stderr.strip().endswith('tokens/s')
+    refused = run(f'--checkpoint={folder}', '--speculate=true')
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith('sample.py: speculate=true: ')
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import torch
 
 from model import Config, Transformer
 from nanoseek.speculate import Drafts, check, probabilities
+from sample import compile_decoding
+from support import why_not_compile
 
 SIZES = {'vocab_size': 23, 'hidden_size': 32, 'num_hidden_layers': 2, 'num_attention_heads': 2,
          'num_key_value_heads': 1, 'kv_lora_rank': 12, 'qk_nope_head_dim': 8, 'qk_rope_head_dim': 4,
@@ -86,6 +88,69 @@ def test_without_mtp_layers_or_with_linear_attention_nothing_is_drafted():
         drafts = Drafts()
         assert model.generate(period, 9, drafts=drafts).equal(model.generate(period, 9))
         assert drafts.made == 0
+
+
+def test_a_pass_with_drafts_uses_only_the_experts_that_it_chose():
+    model, period = trained(steps=60, n_routed_experts=12, num_nextn_predict_layers=1)
+    chosen = [set() for _ in model.moe_layers]
+
+    def note(layer):
+        def hook(gate, args, out):
+            _, ids, _ = out
+            chosen[layer].update(ids.flatten().tolist())
+        return hook
+    hooks = [moe.gate.register_forward_hook(note(layer))
+             for layer, moe in enumerate(model.moe_layers)]
+    text = model.generate(period, 20, drafts=Drafts())
+    for hook in hooks:
+        hook.remove()
+    for experts, moe in zip(chosen, model.moe_layers):
+        others = [e for e in range(12) if e not in experts]
+        assert others
+        moe.experts.down_proj.data[others] = float('nan')
+    assert model.generate(period, 20, drafts=Drafts()).equal(text)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why_not_compile()), reason=why_not_compile())
+@pytest.mark.parametrize('attention, depth', [('mla', 1), ('gqa', 2)])
+def test_compiled_drafting_gives_the_same_text_and_compiles_at_the_start_only(attention, depth):
+    model, period = trained(steps=4, attention=attention, n_routed_experts=4,
+                            num_nextn_predict_layers=depth)
+    with torch.no_grad():
+        plain = model.generate(period, 80)
+    assert compile_decoding(model, Drafts()) is None
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        drafts = Drafts()
+        assert model.generate(period, 80, drafts=drafts).equal(plain)
+    assert 0 < drafts.accepted < drafts.made
+
+
+# ------------------------------------------------------------------------------ evaluation
+
+@pytest.mark.parametrize('attention, depth', [('mla', 1), ('gqa', 3)])
+def test_evaluation_counts_the_first_choices_that_are_right(attention, depth):
+    model, period = trained(steps=15, attention=attention, num_nextn_predict_layers=depth)
+    text = period.repeat(2, 3)
+    text[1] = torch.randint(model.config.vocab_size, (21,))
+    targets = text[:, 1:].clone()
+    targets[0, -4:] = -100
+    with torch.no_grad():
+        model(text[:, :-1], targets)
+        h, _ = model.hidden(text[:, :-1])
+        wanted = []
+        for k in range(1, depth + 1):
+            T = 20 - k
+            h, _ = model.mtp(k, h[:, :T], text[:, k:k + T])
+            best = (h @ model.head.T).argmax(-1)                                    # (2, T)
+            right = []
+            for b in range(2):
+                for i in range(T):
+                    if targets[b, i + k] >= 0:
+                        right.append(best[b, i].item() == text[b, i + k + 1].item())
+            wanted.append(sum(right) / len(right))
+    assert [x.item() for x in model.mtp_accuracy] == pytest.approx(wanted)
+    assert 0 < wanted[0] < 1
 
 
 # -------------------------------------------------------------------------------- sampling

@@ -420,6 +420,7 @@ def test_metrics_and_log_hold_what_was_promised(home):
     )
     assert [m['tokens'] for m in steps] == [4 * BLOCK * n for n in range(1, STEPS + 1)]
     assert last['step'] == STEPS and {'elapsed_s', 'val_loss', 'val_bpb'} <= set(last)
+    assert 0 < last['val_accept'] <= 1
     assert all(
         0 < m['lr'] <= 1e-2 and 0 < m['grad_norm'] < 100 and 0 < m['memory_mb'] < 1e5 for m in steps
     )
