@@ -14,7 +14,6 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -40,7 +39,8 @@ from model import (ATTENTION, MLP, MTP, Cache, Config, Embedding, Experts, MoE, 
 from nanoseek import folders, tokens
 from nanoseek.device import (check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device,
                              to_fp8, wants_compile)
-from nanoseek.estimate import architecture, flops_per_token, memory_estimate, parameter_table
+from nanoseek.estimate import (architecture, cache_rows, flops_per_token, memory_estimate,
+                               parameter_table)
 from nanoseek.ops import decoding_kernels
 from nanoseek.optim import make_optimizer
 from nanoseek.parts import (ATTEND, DATA, DENSE, EXPERTS, HEAD, OPTIMIZER, ORDER, REST, ROUTER,
@@ -298,32 +298,6 @@ def from_json(text):
     return train.Settings(**t), Config(**c)
 
 
-def cache_rows(c, dtype):
-    """Bytes that decoding keeps for each further token: the model's; those of a GQA with its
-    key/value heads (where these are not fewer than its heads: one for up to four of them); those
-    of MHA"""
-    heads = c.num_attention_heads
-    width = c.head_dim
-    if c.attention == 'mla':
-        width = c.v_head_dim
-    groups = c.num_key_value_heads
-    if groups >= heads:     # MLA has no use for the setting, which may be anything there
-        groups = min(g for g in range(1, heads + 1) if heads % g == 0 and heads <= 4 * g)
-    gqa = replace(c, attention='gqa', num_key_value_heads=groups, head_dim=width)
-    mha = replace(c, attention='gqa', num_key_value_heads=heads, head_dim=width)
-    rows = []
-    for name, other in ((c.attention, c), (f'gqa, {groups} key/value heads', gqa), ('mha', mha)):
-        layer = (cache_numbers(other, 2048) - cache_numbers(other, 1024)) // 1024 * dtype.itemsize
-        rows.append({'attention': name, 'bytes_per_token_and_layer': layer,
-                     'bytes_per_token': layer * c.num_hidden_layers})
-    return rows
-
-
-def cache_numbers(c, size):
-    """How many numbers the cache of a layer has for so many tokens"""
-    return sum(math.prod(shape) for shape in ATTENTION[c.attention].cache_shapes(c, size))
-
-
 # ------------------------------------------------------------------------------- decoding
 
 
@@ -561,7 +535,7 @@ def measure(s, t, given, folder):
         'settings': {**asdict(s), **asdict(t), **asdict(c)},
         'model': architecture(c),
         'memory': memory_row(t, c, device, dtype),
-        'cache': cache_rows(c, dtype),
+        'cache': cache_rows(ATTENTION, c, dtype),
     }
     torch.manual_seed(t.seed)
     model = Transformer(c)

@@ -206,23 +206,32 @@ def stream_text(model, tokenizer, ids, stop, s, drafts):
         yield decoder.step(tokenizer, token.item()) or ''
 
 
-def main(s):
-    folder = find_checkpoint(s.checkpoint)
+def load(folder, s):
+    """A folder with a model -> it on the settings' device, and its tokenizer"""
     device, dtype = pick_device(s)
     model = Transformer.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = load_tokenizer(folder)
-    ids = encode_prompt(s, folder, tokenizer)
-    limit = model.config.max_position_embeddings - 1
+    return model.to(device), load_tokenizer(folder)
+
+
+def check_prompt(ids, folder, config):
+    """ValueError where the model cannot go on from these ids"""
+    limit = config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}, one less '
                          'than the context')
-    if max(ids) >= model.config.vocab_size:
+    if max(ids) >= config.vocab_size:
         raise ValueError(f'{folder}: tokenizer.json is of another model: it has an id {max(ids):,} '
-                         f'in this prompt, the model a vocabulary of {model.config.vocab_size:,}')
+                         f'in this prompt, the model a vocabulary of {config.vocab_size:,}')
+
+
+def main(s):
+    folder = find_checkpoint(s.checkpoint)
+    model, tokenizer = load(folder, s)
+    ids = encode_prompt(s, folder, tokenizer)
+    check_prompt(ids, folder, model.config)
     stop = stop_ids(s, folder, model, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     print(f'{s.checkpoint or folder}: {parameters:,} parameters', file=sys.stderr)
-    model.to(device)
     drafts = drafts_of(s, model)
     if s.compile:
         problem = compile_decoding(model, drafts)
@@ -230,7 +239,7 @@ def main(s):
             print(f'{problem}: going on without it', file=sys.stderr)
 
     torch.manual_seed(s.seed)
-    prompt = torch.tensor([ids], device=device)                                       # (1, T)
+    prompt = torch.tensor([ids], device=model.head.device)                            # (1, T)
     count = 0
     began = time.perf_counter()
     for i in range(s.num_samples):

@@ -1,7 +1,9 @@
 """What a model costs, before it is trained: its parameters, FLOPs and memory, in numbers and words.
 
 Where a model has to be made, model_class (model.Transformer) is what makes it from a Config."""
+import math
 import weakref
+from dataclasses import replace
 from unittest.mock import patch
 
 import torch
@@ -161,3 +163,35 @@ def describe(model_class, c, s, memory):
            f'{states:,.0f} for weights, gradients and {OPTIMIZERS[s.optimizer]}, '
            f'{activations:,.0f} for activations of {s.batch_size} x {s.block_size} tokens and '
            'temporaries')
+
+def cache_rows(attentions, c, dtype):
+    """Bytes that decoding keeps for each further token: the model's; those of a GQA with its
+    key/value heads (where these are not fewer than its heads: one for up to four of them); those
+    of MHA. attentions: model.ATTENTION"""
+    heads = c.num_attention_heads
+    width = c.head_dim
+    if c.attention == 'mla':
+        width = c.v_head_dim
+    groups = c.num_key_value_heads
+    if groups >= heads:     # MLA has no use for the setting, which may be anything there
+        groups = min(g for g in range(1, heads + 1) if heads % g == 0 and heads <= 4 * g)
+    gqa = replace(c, attention='gqa', num_key_value_heads=groups, head_dim=width)
+    mha = replace(c, attention='gqa', num_key_value_heads=heads, head_dim=width)
+    rows = []
+    for name, other in ((c.attention, c), (f'gqa, {groups} key/value heads', gqa), ('mha', mha)):
+        shapes = attentions[other.attention].cache_shapes
+        numbers = cache_numbers(shapes(other, 2048)) - cache_numbers(shapes(other, 1024))
+        layer = numbers // 1024 * dtype.itemsize
+        rows.append({'attention': name, 'bytes_per_token_and_layer': layer,
+                     'bytes_per_token': layer * c.num_hidden_layers})
+    return rows
+
+
+def cache_numbers(shapes):
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def cache_line(attentions, c, dtype):
+    """cache_rows in words"""
+    own, gqa, mha = (f'{row["bytes_per_token"]:,}' for row in cache_rows(attentions, c, dtype))
+    return f'cache: {own} bytes a token, as GQA {gqa}, as MHA {mha}'

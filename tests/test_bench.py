@@ -12,7 +12,7 @@ import torch
 
 import bench
 import train
-from model import Cache, Config
+from model import ATTENTION, Cache, Config
 from nanoseek import ops, parts
 from nanoseek.device import pick_device
 from nanoseek.estimate import memory_estimate
@@ -154,7 +154,7 @@ def test_cache_bytes_are_those_of_a_cache(unused):
                v_head_dim=32, num_key_value_heads=unused)
     gqa = bench.replace(c, attention='gqa', num_key_value_heads=1)
     mha = bench.replace(c, attention='gqa', num_key_value_heads=4)
-    rows = bench.cache_rows(c, torch.bfloat16)
+    rows = bench.cache_rows(ATTENTION, c, torch.bfloat16)
     for row, other in zip(rows, (c, gqa, mha), strict=True):
         cache = Cache(other, 1, 128, torch.empty(0), torch.bfloat16)
         buffers = itertools.chain.from_iterable(cache.layers)
