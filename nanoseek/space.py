@@ -42,6 +42,9 @@ def write_space(directory, source, model_folder, about, gradio_version):
     requirements = f'{needed.rstrip()}\ngradio=={gradio_version}\n'
     (directory / 'requirements.txt').write_text(requirements, encoding='utf-8')
     (directory / 'app.py').write_text(APP, encoding='utf-8')
-    title = f'nanoseek {Path(model_folder).name}'
+    name = Path(model_folder).name
+    if name.startswith('step-'):
+        name = Path(model_folder).parent.name
+    title = f'nanoseek {name}'
     card = CARD.format(title=title, version=gradio_version, about=about)
     (directory / 'README.md').write_text(card, encoding='utf-8')
