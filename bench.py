@@ -4,6 +4,7 @@
     python bench.py config/shakespeare.py --vs=transformers     # beside the same weights there
     python bench.py config/shakespeare.py --vs=../nanoGPT       # beside a GPT of its size there
     python bench.py --corpus_mb=2000                            # prepare.py, on made-up text
+    python bench.py --gpu --out=docs/gpu-h100.md                # all that a GPU has to show
 
 Everything is measured in turn, after a warm-up. What is printed are medians and ratios. Run
 nothing else meanwhile.
@@ -26,6 +27,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ import config
 import train
 from model import (ATTENTION, MLP, MTP, Cache, Config, Embedding, Experts, MoE, RMSNorm, Router,
                    Transformer)
-from nanoseek import folders, tokens
+from nanoseek import folders, gpu, tokens
 from nanoseek.device import (check_fp8, compiled, matmul_rate, peak_memory, pick_device, to_device,
                              to_fp8, wants_compile)
 from nanoseek.estimate import (architecture, cache_rows, flops_per_token, memory_estimate,
@@ -45,6 +47,7 @@ from nanoseek.ops import decoding_kernels
 from nanoseek.optim import make_optimizer
 from nanoseek.parts import (ATTEND, DATA, DENSE, EXPERTS, HEAD, OPTIMIZER, ORDER, REST, ROUTER,
                             Parts)
+from nanoseek.proofs import Proofs
 from nanoseek.speculate import Drafts
 from nanoseek.tokenizer import load_tokenizer
 from sample import compile_decoding
@@ -63,6 +66,14 @@ class Settings:
     contexts: str = '64,512,2048'   # numbers of tokens before them, at most what the model can have
     batch_sizes: str = '1,8'        # numbers of sequences that are decoded together
     json: bool = False              # print one JSON object in the place of tables
+    gpu: bool = False               # all that a GPU has to show, as a table, by many commands
+    out: str = 'docs/gpu.md'        # gpu: the file of that table
+    minutes: float = 9.0            # gpu: it ends by then
+    parts: str = ''                 # gpu: only these of its parts, such as proofs,fp8
+    small: bool = False             # gpu: in miniature; always so without a GPU
+    text: str = ''                  # gpu: tinyshakespeare's; if empty the project's own text
+    weights: str = ''               # gpu: SmolLM2-135M's folder, to be converted and healed
+    only: Literal['', 'proofs', 'profile', 'memory'] = ''  # of a model: only this, as JSON
     corpus_mb: int = 0              # not a model, but prepare.py, on so many megabytes of text
     tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
     work_dir: str = ''              # for its files; if empty a temporary folder, removed at the end
@@ -126,18 +137,22 @@ def seconds(job):
     return time.perf_counter() - began
 
 
-def medians(jobs, rounds):
-    """{name: function -> list of numbers} -> {name: the median of each number}. The jobs take
-    turns, and the first two rounds, which warm up, do not count"""
+def measured(jobs, rounds):
+    """{name: function -> list of numbers} -> {name: for each number all that were found}. The jobs
+    take turns, and the first two rounds, which warm up, do not count"""
     found = {name: [] for name in jobs}
     for number in range(rounds + 2):
         for name, job in jobs.items():
             numbers = job()
             if number >= 2:
                 found[name].append(numbers)
+    return {name: list(zip(*rows)) for name, rows in found.items()}
+
+
+def medians(jobs, rounds):
+    """As measured, but of each number the median"""
     middles = {}
-    for name, rows in found.items():
-        columns = zip(*rows)
+    for name, columns in measured(jobs, rounds).items():
         middles[name] = [statistics.median(column) for column in columns]
     return middles
 
@@ -581,15 +596,17 @@ def memory_row(t, c, device, dtype):
 def training_rows(s, t, contenders, matmul_flops):
     those = [contender for contender in contenders if contender.step is not None]
     jobs = {contender.name: partial(time_of, contender.step) for contender in those}
-    times = medians(jobs, s.rounds)
+    times = measured(jobs, s.rounds)
     count = t.batch_size * t.block_size
-    first, = times['nanoseek']
+    first = statistics.median(times['nanoseek'][0])
     rows = []
     for contender in those:
-        spent, = times[contender.name]
+        column, = times[contender.name]
+        spent = statistics.median(column)
         rows.append({
             'name': contender.name,
             'ms': 1e3 * spent,
+            'ms_range': [1e3 * min(column), 1e3 * max(column)],
             'tokens_per_s': count / spent,
             'mfu': count * contender.flops / spent / matmul_flops,
             'parameters': contender.parameters,
@@ -606,15 +623,18 @@ def decoding_rows(s, contenders, contexts, vocab_size, device):
         prompt = torch.randint(0, vocab_size, (batch, context), device=device)
         jobs = {contender.name: partial(contender.decode, prompt, s.new_tokens)
                 for contender in those}
-        times = medians(jobs, s.rounds)
-        _, ours = times['nanoseek']
-        for name, (first, each) in times.items():
+        times = measured(jobs, s.rounds)
+        ours = statistics.median(times['nanoseek'][1])
+        for name, (firsts, column) in times.items():
+            first = statistics.median(firsts)
+            each = statistics.median(column)
             rows.append({
                 'name': name,
                 'context': context,
                 'batch': batch,
                 'first_ms': 1e3 * first,
                 'ms_per_token': 1e3 * each,
+                'ms_range': [1e3 * min(column), 1e3 * max(column)],
                 'tokens_per_s': batch / each,
                 'ratio': each / ours,
             })
@@ -902,7 +922,70 @@ def megabytes(texts):
     return sum(len(text.encode()) for text in texts) / 1e6
 
 
+# ------------------------------------------------------------------- what --gpu runs
+
+
+def proofs(s, t):
+    """Prints what holds on the device, a line of JSON each"""
+    device, _ = pick_device(t)
+
+    def make(**fields):
+        return Transformer(Config(**fields))
+    for name, spent, problem in Proofs(make, t, compile_decoding, device, s.small).all():
+        print(json.dumps({'name': name, 'seconds': spent, 'problem': problem}), flush=True)
+
+
+def profile(t, given):
+    """Prints the ten kernels that take most of a training step, as JSON"""
+    device, dtype = pick_device(t)
+    c = train.model_config(train.chosen(given), None, None)
+    alone = train.OneDevice()
+    train.fit_settings(t, c, dtype, alone.room(device), alone)
+    model = Transformer(c).to(device).train()
+    step = trainer(model, own_loss(model, t, device, dtype), c.vocab_size, t, device, dtype,
+                   make_optimizer(t, model, dtype))
+    for _ in range(3):
+        step()
+    with torch.profiler.profile() as profiler:
+        step()
+    rows = []
+    for event in profiler.key_averages():
+        spent = event.self_cpu_time_total
+        if device.type == 'cuda':
+            spent = event.self_device_time_total
+        rows.append({'name': event.key, 'ms': spent / 1e3, 'calls': event.count})
+    total = sum(row['ms'] for row in rows)
+    rows.sort(key=by_time, reverse=True)
+    print(json.dumps({'total_ms': total, 'kernels': rows[:10]}))
+
+
+def by_time(row):
+    return row['ms']
+
+
+def memory(t, given):
+    """Prints the estimate and the measurement of a step's memory, as JSON"""
+    device, dtype = pick_device(t)
+    c = train.model_config(train.chosen(given), None, None)
+    alone = train.OneDevice()
+    train.fit_settings(t, c, dtype, alone.room(device), alone)
+    print(json.dumps({**memory_row(t, c, device, dtype), 'batch_size': t.batch_size}))
+
+
 def main(s, t, given):
+    if s.gpu:
+        small = s.small or not torch.cuda.is_available()
+        gpu.measure(replace(s, small=small), HERE)
+        return
+    if s.only == 'proofs':
+        proofs(s, t)
+        return
+    if s.only == 'profile':
+        profile(t, given)
+        return
+    if s.only == 'memory':
+        memory(t, given)
+        return
     folder = Path(s.work_dir or tempfile.mkdtemp(prefix='nanoseek-bench-'))
     folder.mkdir(parents=True, exist_ok=True)
     try:

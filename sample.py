@@ -49,7 +49,7 @@ class Settings:
     stop: str | None = None         # a token to stop at; none: those of the model, where it has any
     chat: bool = False              # put the prompt into the model's chat template, show the answer
     special_in_prompt: Choice = 'auto'  # '<|im_end|>' in it is that token; auto: as in the data
-    speculate: Choice = 'auto'      # MTP layers draft: faster, and as likely the same text
+    speculate: Choice = 'auto'      # MTP layers draft, nothing is lost; auto: where it may pay
     seed: int = 1337                # of the choices
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
@@ -123,11 +123,14 @@ def stop_ids(s, folder, model, tokenizer):
 
 
 def drafts_of(s, model):
-    """The setting speculate -> what counts the drafts, or None where there are none"""
+    """The setting speculate -> what counts the drafts, or None where there are none. auto: not where
+    a CPU's compiled passes of one token are so quick that drafts cost more than they save"""
     if s.speculate is True and not model.can_draft:
         raise ValueError('speculate=true: this model has no MTP layers, or linear attention, which '
                          'cannot go back')
     if s.speculate is False or not model.can_draft:
+        return None
+    if s.speculate == 'auto' and s.compile and model.head.device.type == 'cpu':
         return None
     return Drafts()
 

@@ -5,6 +5,7 @@ compares the operation with exactly that line in float64. What stands here for t
 device, a dtype or torch.compile is nothing that the architecture in model.py needs to know.
 The dims in shape comments are those of model.py.
 """
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -16,13 +17,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 def compute_dtype(x):
     """The dtype that autocast would give x, for operations that autocast does not know."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def without_autocast(x):
     """A context in which operations on tensors like x keep their own dtype."""
+    if x.is_meta:               # which knows no autocast
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -221,7 +224,7 @@ def grouped_linear(x, weight, ends):
     end, the last one M -> (M, out)
     """
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
-    known = x.device.type in ('cpu', 'cuda')
+    known = x.device.type in ('cpu', 'cuda', 'meta')
     eager_or_bfloat16 = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
     if aligned and known and eager_or_bfloat16:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)

@@ -1,0 +1,110 @@
+"""Tests of what a GPU will run, without one: bench.py --gpu in miniature, and the model on the meta
+device, where a tensor has no values, so that whatever would wait for one fails."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import Cache, Config, Transformer
+from nanoseek import gpu, proofs
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def without_values(**settings):
+    """A model on the meta device, in bfloat16"""
+    model = Transformer(Config(**{**proofs.SIZES, **settings}))
+    return model.to(torch.bfloat16).to('meta')
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_a_training_step_waits_for_no_value(attention, masked):
+    model = without_values(attention=attention).train()
+    model.doc_attention_mask = masked
+    idx = torch.zeros(4, 64, dtype=torch.int64, device='meta')
+    _, loss = model(idx, idx)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()                     # this is how waiting shows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_a_training_step_and_decoding_are_one_graph_each(attention):
+    model = without_values(attention=attention, num_hidden_layers=1).train()
+    idx = torch.zeros(4, 64, dtype=torch.int64, device='meta')
+    step = torch.compile(model, fullgraph=True, backend='aot_eager')
+    _, loss = step(idx, idx)
+    loss.backward()
+    model.eval()
+    decode = torch.compile(model.hidden, fullgraph=True, backend='aot_eager', dynamic=True)
+    draft = torch.compile(model.mtp, fullgraph=True, backend='aot_eager', dynamic=True)
+    with torch.no_grad():
+        cache = Cache(model.config, 2, 64, idx, torch.bfloat16)
+        h, _ = model.hidden(idx[:2, :8], cache)
+        for tokens in (1, 2):
+            h, _ = decode(idx[:2, :tokens], cache)
+            assert h.shape == (2, tokens, 64)
+        own = Cache(Config(**{**proofs.SIZES, 'attention': attention, 'num_hidden_layers': 1}), 2,
+                    64, idx, torch.bfloat16)
+        own.length = 8
+        h, _ = draft(1, h, idx[:2, :2], own)
+        assert h.shape == (2, 2, 64)
+
+
+def test_drafting_makes_no_other_text_on_a_device_of_any_kind():
+    found = {}
+    made = proofs.Proofs(lambda **fields: Transformer(Config(**fields)), bench_settings(), None,
+                         torch.device('cpu'), small=True)
+    for name, _, problem in made.all():
+        found[name] = problem
+    assert found.pop('compiled_decoding') is None
+    assert len(found) == 7 and set(found.values()) == {None}
+
+
+def bench_settings():
+    import train
+    return train.Settings()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('gpu')
+def test_the_miniature_measures_every_part(tmp_path):
+    out = tmp_path / 'gpu.md'
+    done = subprocess.run([sys.executable, HERE / 'bench.py', '--gpu', '--small', f'--out={out}'],
+                          cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = out.read_text(encoding='utf-8')
+    assert 'it failed' not in text and 'missed' not in text, done.stdout
+    rows = [line.split(' | ') for line in text.splitlines() if line.startswith('| ')]
+    head, *rows = rows
+    assert {len(row) for row in rows} == {len(gpu.COLUMNS)} == {len(head)}
+    measured = {row[0].removeprefix('| ') for row in rows}
+    wanted = {part.name for part in gpu.parts(Small(), 'work')}
+    assert measured == wanted
+    assert text.count('the same weights, bit for bit') == 1
+
+
+class Small:
+    small = True
+    text = ''
+    weights = ''
+
+
+def test_a_command_that_fails_or_hangs_is_a_row_and_the_next_goes_on(tmp_path):
+    def nothing(lines):
+        return [gpu.Row('it said', lines[-1])]
+
+    crash = gpu.Part('crash', ['-c', 'import sys; sys.exit("no such card")'], nothing, 60)
+    hang = gpu.Part('hang', ['-c', 'import time; time.sleep(60)'], nothing, 60)
+    good = gpu.Part('good', ['-c', 'print("well")'], nothing, 60)
+    with pytest.raises(gpu.Problem, match='status 1: no such card'):
+        gpu.attempt(crash, tmp_path, 60)
+    with pytest.raises(gpu.Problem, match='not done after 1 s'):
+        gpu.attempt(hang, tmp_path, 1)
+    row, = gpu.attempt(good, tmp_path, 60)
+    assert row.found == 'well'
