@@ -123,8 +123,8 @@ def stop_ids(s, folder, model, tokenizer):
 
 
 def drafts_of(s, model):
-    """The setting speculate -> what counts the drafts, or None where there are none. auto: not where
-    a CPU's compiled passes of one token are so quick that drafts cost more than they save"""
+    """The setting speculate -> what counts the drafts, or None where there are none. auto: not
+    where a CPU's compiled passes of one token are so quick that drafts cost more than they save"""
     if s.speculate is True and not model.can_draft:
         raise ValueError('speculate=true: this model has no MTP layers, or linear attention, which '
                          'cannot go back')

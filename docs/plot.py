@@ -3,8 +3,9 @@
     python docs/plot.py out/a [out/b ...] [--out=plot.png] [--x=tokens]
 
 Loss, bits per byte, gradient norm and learning rate of all runs, side by side, and where there are
-MTP layers how often their drafts are right; below, for each run with experts, how the router spreads the tokens: every expert's share over the ideal at each
-evaluation, layers one above the other.
+MTP layers how often their drafts are right; below, for each run with experts, how the router
+spreads the tokens: every expert's share over the ideal at each evaluation, layers one above the
+other.
 """
 import json
 import sys

@@ -1,5 +1,5 @@
-"""Tests of demo.py, in a real browser: Debian's chromium, through playwright. They are skipped where
-gradio, playwright or chromium are missing. And of nanoseek/insight.py, which needs none of them."""
+"""Tests of demo.py, in a real browser: Debian's chromium, through playwright. They are skipped
+where gradio, playwright or chromium are missing. And of nanoseek/insight.py, which needs none."""
 import contextlib
 import math
 import os
