@@ -61,6 +61,7 @@ KINDS = {**dict.fromkeys(ATTENTION.values(), ATTEND), MLP: DENSE, RMSNorm: REST,
 class Settings:
     """Settings of bench.py"""
     vs: str = ''                    # also measure there: transformers, or the path of nanoGPT
+    memory: bool = True             # also measure a step's memory, in a process of its own
     rounds: int = 5                 # of each measurement
     new_tokens: int = 32            # that are decoded
     contexts: str = '64,512,2048'   # numbers of tokens before them, at most what the model can have
@@ -549,7 +550,7 @@ def measure(s, t, given, folder):
         'machine': machine(device, dtype),
         'settings': {**asdict(s), **asdict(t), **asdict(c)},
         'model': architecture(c),
-        'memory': memory_row(t, c, device, dtype),
+        'memory': memory_row(t, c, device, dtype, s.memory),
         'cache': cache_rows(ATTENTION, c, dtype),
     }
     torch.manual_seed(t.seed)
@@ -584,9 +585,11 @@ def fitting_contexts(s, c):
     return sorted({min(n, most) for n in s.numbers('contexts')})
 
 
-def memory_row(t, c, device, dtype):
+def memory_row(t, c, device, dtype, measure=True):
     estimate = sum(memory_estimate(Transformer, c, t, dtype, device.type))
-    measured = measured_memory(t, c)
+    measured = None
+    if measure:
+        measured = measured_memory(t, c)
     ratio = None
     if measured:
         ratio = estimate / measured

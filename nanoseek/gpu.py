@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,9 @@ TINY = ['--hidden_size=32', '--num_hidden_layers=1', '--num_attention_heads=2', 
         '--global_batch_size=2', '--block_size=32', '--max_position_embeddings=64',
         '--kv_lora_rank=16', '--qk_nope_head_dim=8', '--qk_rope_head_dim=8', '--v_head_dim=16',
         '--device=cpu', '--dtype=float32', '--compile=false']
-SHORT = ['--warmup_steps=1', '--log_interval=1', '--sample_interval=0', '--checkpoint_interval=0']
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1']
+SHORT = ['--eval_interval=0', '--warmup_steps=1', '--log_interval=1', '--sample_interval=0',
+         '--checkpoint_interval=0']
 GQA = ['--num_key_value_heads=1', '--head_dim=16']
 
 
@@ -62,8 +65,10 @@ def read_proofs(lines):
     rows = []
     for line in lines:
         proof = json.loads(line)
-        rows.append(Row(proof['name'].replace('_', ' '), proof['problem'] or 'ok',
-                        wanted='ok', met=proof['problem'] is None))
+        said = proof['problem']
+        if said is None:
+            said = 'ok'
+        rows.append(Row(proof['name'].replace('_', ' '), said, '', 'ok', said == 'ok'))
     return rows
 
 
@@ -98,8 +103,8 @@ def read_bench(mfu_goal=None):
         for row in found['decoding']:
             if row['name'] == 'nanoseek':
                 rows.append(decoding_row(row))
-        memory = found['memory']
-        rows += read_memory([json.dumps(memory)])
+        if found['settings']['memory']:
+            rows += memory_rows(found['memory'])
         return rows
     return read
 
@@ -118,7 +123,10 @@ def spread_of(row):
 
 
 def read_memory(lines):
-    found = json.loads(lines[-1])
+    return memory_rows(json.loads(lines[-1]))
+
+
+def memory_rows(found):
     if not found['ratio']:
         return [Row('memory of a step', 'could not be measured', '', 'within 10%', False)]
     text = (f'{found["estimate_bytes"] / 2**20:,.0f} MB estimated, '
@@ -199,92 +207,123 @@ def metrics(folder):
 # ------------------------------------------------------------------------------- the parts
 
 
-def parts(s, work):
-    """-> all parts, the most telling first. work: a folder for runs"""
-    tiny = []
-    gqa = []
-    flags = []
-    race = 1000
-    contexts = ['--contexts=128,2048', '--batch_sizes=1,8,64', '--rounds=5']
-    steps = 200
-    others = ('shakespeare', 'shakespeare_gpu', 'smol774')      # whose memory is measured too
-    if s.small:
-        tiny = TINY
-        gqa = GQA
-        flags = ['--small']
-        race = 50
-        contexts = ['--contexts=8', '--batch_sizes=1', '--rounds=1', '--new_tokens=4']
-        steps = 3
-        others = ('shakespeare',)
-    data = f'{work}/text'
-    text = s.text or 'data/shakespeare/input.txt'
-    dataset = [f'--dataset={data}', '--eval_interval=0', *SHORT]
+class Plan:
+    """Makes the parts. s: bench.py's settings; work: a folder for runs"""
 
-    def bench(*options):
-        return ['bench.py', *options, *tiny]
+    def __init__(self, s, work):
+        self.work = work
+        self.small = s.small
+        self.text = 'data/shakespeare/input.txt'
+        self.is_right_text = bool(s.text)
+        if s.text:
+            self.text = str(Path(s.text).resolve())
+        self.weights = s.weights
+        if s.weights and Path(s.weights).is_dir():
+            self.weights = str(Path(s.weights).resolve())
+        self.tiny = []
+        self.gqa = []               # what GQA needs besides, to be tiny
+        self.sizes = ['--contexts=128,2048', '--batch_sizes=1,8,64', '--rounds=5']
+        if s.small:
+            self.tiny = TINY
+            self.gqa = GQA
+            self.sizes = ['--contexts=8', '--batch_sizes=1', '--rounds=1', '--new_tokens=4',
+                          '--memory=false']
 
-    def run(name, *options, script='train.py', steps=steps):
-        config, *others = options
-        return [script, config, *dataset, *others, *tiny, f'--out_dir={work}/{name}',
-                f'--max_steps={steps}']
+    def bench(self, *options):
+        return ['bench.py', *options, *self.tiny]
 
-    def under_torchrun(command):
-        return ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=1', *command]
+    def run(self, name, config, *options, steps, script='train.py'):
+        return [script, config, f'--dataset={self.work}/text', *SHORT, *options, *self.tiny,
+                f'--out_dir={self.work}/{name}', f'--max_steps={steps}']
 
-    dense = ['config/smol135_dense.py', *gqa]
-    resumed = ['config/shakespeare.py', '--schedule=wsd', '--decay_frac=0']
-    found = [
-        Part('data', ['prepare.py', text, '--tokenizer=char', f'--out_dir={data}'], read_ended, 30),
-        Part('proofs', bench('--only=proofs', *flags), read_proofs, 150),
-        Part('resume', run('whole', *resumed, steps=4), read_run(f'{work}/whole'), 60),
-        Part('resume', run('parts', *resumed, steps=2), read_run(f'{work}/parts'), 60),
-        Part('resume', run('parts', *resumed, steps=4), read_same(f'{work}/whole', f'{work}/parts'),
-             60),
-        Part('ddp', under_torchrun(run('ddp', 'config/shakespeare.py', script='train_ddp.py',
-                                       steps=2)), read_run(f'{work}/ddp'), 60),
-        Part('fsdp', under_torchrun(run('fsdp', 'config/shakespeare.py', '--parallel=fsdp',
-                                        script='train_ddp.py', steps=2)),
-             read_run(f'{work}/fsdp'), 60),
-        Part('smol135_dense', bench(*dense, '--json', *contexts), read_bench(0.5), 120),
-        Part('smol135', bench('config/smol135.py', '--vs=transformers', '--json', *contexts),
-             read_bench(), 180),
-        Part('race', run('race', 'config/shakespeare_gpu.py', '--eval_interval=50',
-                         *gqa, steps=race),
-             read_race(f'{work}/race', bool(s.text)), 90),
-        Part('v3_tiny', bench('config/v3_tiny.py', '--json', *contexts), read_bench(), 120),
-        Part('profile', bench('config/smol135.py', '--only=profile'), read_profile, 90),
-        Part('largest batch', run('largest', 'config/smol135.py', '--batch_size=0', steps=2),
-             read_run(f'{work}/largest'), 90),
-    ]
-    for kind, option in FP8.items():
-        if s.small and option:
-            found.append(Part(f'fp8: {kind}', None, None, 0))
-            continue
-        command = run(kind, *dense, '--block_size=1024', '--batch_size=8', '--global_batch_size=8',
-                      *option)
-        found.append(Part(f'fp8: {kind}', command, read_run(f'{work}/{kind}'), 90))
-    for name in others:
-        found.append(Part(f'memory: {name}', bench(f'config/{name}.py', '--only=memory', *gqa),
-                          read_memory, 60))
-    if s.weights:
-        found += healing(s.weights, text, work)
-    return found
+    def parts(self):
+        """All of them, the most telling first"""
+        found = [*self.correct(), *self.speed(), *self.fp8(), *self.memory()]
+        if self.weights:
+            found += self.healing()
+        return found
+
+    def correct(self):
+        whole = f'{self.work}/whole'
+        halves = f'{self.work}/halves'
+        steady = ['config/shakespeare.py', '--schedule=wsd', '--decay_frac=0']
+        proofs = ['--only=proofs']
+        if self.small:
+            proofs.append('--small')
+        data = ['prepare.py', self.text, '--tokenizer=char', f'--out_dir={self.work}/text']
+        yield Part('data', data, read_ended, 30)
+        yield Part('proofs', self.bench(*proofs), read_proofs, 150)
+        yield Part('resume', self.run('whole', *steady, steps=4), read_run(whole), 60)
+        yield Part('resume', self.run('halves', *steady, steps=2), read_run(halves), 60)
+        yield Part('resume', self.run('halves', *steady, steps=4), read_same(whole, halves), 60)
+        for way in ('ddp', 'fsdp'):
+            command = self.run(way, 'config/shakespeare.py', f'--parallel={way}', steps=2,
+                               script='train_ddp.py')
+            yield Part(way, [*TORCHRUN, *command], read_run(f'{self.work}/{way}'), 60)
+
+    def speed(self):
+        dense = self.bench('config/smol135_dense.py', '--json', *self.sizes, *self.gqa)
+        yield Part('smol135_dense', dense, read_bench(0.5), 120)
+        yield Part('smol135', self.bench('config/smol135.py', '--vs=transformers', '--json',
+                                         *self.sizes), read_bench(), 180)
+        steps = 1000
+        if self.small:
+            steps = 50
+        race = self.run('race', 'config/shakespeare_gpu.py', '--eval_interval=50', *self.gqa,
+                        steps=steps)
+        yield Part('race', race, read_race(f'{self.work}/race', self.is_right_text), 90)
+        yield Part('v3_tiny', self.bench('config/v3_tiny.py', '--json', *self.sizes),
+                   read_bench(), 120)
+        yield Part('profile', self.bench('config/smol135.py', '--only=profile'), read_profile, 90)
+        yield Part('largest batch', self.run('largest', 'config/smol135.py', steps=2),
+                   read_run(f'{self.work}/largest'), 90)
+
+    def fp8(self):
+        steps = 200
+        if self.small:
+            steps = 3
+        for kind, option in FP8.items():
+            if self.small and option:
+                yield Part(f'fp8: {kind}', None, None, 0)
+                continue
+            command = self.run(kind, 'config/smol135_dense.py', '--block_size=1024', *option,
+                               '--batch_size=8', '--global_batch_size=8', *self.gqa, steps=steps)
+            yield Part(f'fp8: {kind}', command, read_run(f'{self.work}/{kind}'), 90)
+
+    def memory(self):
+        """Of the configs whose memory bench.py has not measured by then"""
+        names = ['shakespeare', 'shakespeare_gpu', 'smol774']
+        if self.small:
+            names = names[:1]
+        for name in names:
+            yield Part(f'memory: {name}', self.bench(f'config/{name}.py', '--only=memory'),
+                       read_memory, 60)
+
+    def healing(self):
+        """SmolLM2-135M converted, and trained for a while"""
+        data = f'{self.work}/smollm2'
+        model = f'{self.work}/converted'
+        yield Part('healing', ['prepare.py', self.text, f'--tokenizer={self.weights}',
+                               f'--out_dir={data}'], read_ended, 60)
+        yield Part('healing', ['convert.py', self.weights, model, '--attention=mla',
+                               '--kv_lora_rank=128', '--n_routed_experts=3',
+                               '--n_shared_experts=1', f'--calibration={data}'], read_ended, 120)
+        yield Part('healing', ['train.py', 'config/smol135_heal.py', f'--init_from={model}',
+                               f'--dataset={data}', '--sample_interval=0',
+                               f'--out_dir={self.work}/healed'],
+                   read_run(f'{self.work}/healed'), 180)
 
 
-def healing(weights, text, work):
-    """SmolLM2-135M converted, and trained for a while"""
-    data = f'{work}/smollm2'
-    model = f'{work}/converted'
-    return [
-        Part('healing', ['prepare.py', text, f'--tokenizer={weights}', f'--out_dir={data}'],
-             read_ended, 60),
-        Part('healing', ['convert.py', weights, model, '--attention=mla', '--kv_lora_rank=128',
-                         '--n_routed_experts=3', '--n_shared_experts=1', f'--calibration={data}'],
-             read_ended, 120),
-        Part('healing', ['train.py', 'config/smol135_heal.py', f'--init_from={model}',
-                         f'--dataset={data}', f'--out_dir={work}/healed', '--sample_interval=0'],
-             read_run(f'{work}/healed'), 180),
-    ]
+def choose(parts, wanted):
+    """The parts of a list such as proofs,fp8; all where it is empty"""
+    if not wanted:
+        return parts
+    names = wanted.split(',')
+    known = {part.name.split(':')[0] for part in parts}
+    for name in names:
+        if name not in known:
+            raise ValueError(f'parts={wanted}: {name!r} is none of {", ".join(sorted(known))}')
+    return [part for part in parts if part.name == 'data' or part.name.split(':')[0] in names]
 
 
 # --------------------------------------------------------------------------------- running
@@ -294,27 +333,30 @@ def attempt(part, here, seconds):
     """-> the rows of a part; Problem where there are none"""
     if part.command is None:
         return [Row('needs a GPU', 'not tried')]
-    environment = os.environ | {'PYTHONUTF8': '1'}
+    process = subprocess.Popen([sys.executable, *part.command], cwd=here, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding='utf-8',
+                               start_new_session=True, env=os.environ | {'PYTHONUTF8': '1'})
     try:
-        done = subprocess.run([sys.executable, *part.command], cwd=here, text=True,
-                              capture_output=True, timeout=seconds, env=environment)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired as e:
+        os.killpg(process.pid, signal.SIGKILL)      # with its children, which hold memory as well
+        process.wait()
         raise Problem(f'not done after {seconds:.0f} s') from e
-    errors = done.stderr.strip().splitlines()
-    if done.returncode != 0:
+    errors = err.strip().splitlines()
+    if process.returncode != 0:
         last = 'without a word'
         if errors:
             last = errors[-1][:150]
-        raise Problem(f'status {done.returncode}: {last}')
+        raise Problem(f'status {process.returncode}: {last}')
     try:
-        return part.read(done.stdout.strip().splitlines())
+        return part.read(out.strip().splitlines())
     except (LookupError, ValueError, OSError) as e:
         raise Problem(f'what it said cannot be read: {type(e).__name__}: {e}') from e
 
 
 def clocks():
     """What nvidia-smi says of the card now, or None"""
-    asked = 'clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active'
+    asked = 'driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw,pstate'
     try:
         done = subprocess.run(['nvidia-smi', f'--query-gpu={asked}', '--format=csv,noheader'],
                               capture_output=True, text=True, timeout=20)
@@ -322,20 +364,18 @@ def clocks():
         return None
     if done.returncode != 0:
         return None
-    return done.stdout.strip().splitlines()[0]
+    first, *_ = done.stdout.strip().splitlines()
+    return first
 
 
 def machine():
     """Lines on what is measured on"""
-    lines = [f'torch {torch.__version__}, Python {platform.python_version()}, '
-             f'{os.cpu_count()} processors']
+    card = 'no GPU: in miniature on the CPU, where the numbers mean nothing'
     if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0)
-        lines.insert(0, f'{card.name}, {card.total_memory / 2**30:.0f} GiB, CUDA '
-                        f'{torch.version.cuda}')
-    else:
-        lines.insert(0, 'no GPU: in miniature on the CPU, where the numbers mean nothing')
-    return lines
+        about = torch.cuda.get_device_properties(0)
+        card = f'{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}'
+    return [card, f'torch {torch.__version__}, Python {platform.python_version()}, '
+                  f'{os.cpu_count()} processors']
 
 
 def measure(s, here):
@@ -344,16 +384,12 @@ def measure(s, here):
     out = Path(s.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = tempfile.mkdtemp(prefix='nanoseek-gpu-')
-    chosen = parts(s, work)
-    if s.parts:
-        wanted = s.parts.split(',')
-        chosen = [part for part in chosen if part.name == 'data'
-                  or part.name.split(':')[0] in wanted]
     began = time.monotonic()
     end = began + 60 * s.minutes
     table = []
-    head = [*machine(), f'clocks at the start: {clocks()}']
+    head = [*machine(), f'driver, clocks, temperature, power and state at the start: {clocks()}']
     try:
+        chosen = choose(Plan(s, work).parts(), s.parts)
         for number, part in enumerate(chosen, 1):
             left = end - time.monotonic()
             print(f'{number}/{len(chosen)} {part.name}: at most {min(part.seconds, left):.0f} s; '
@@ -369,7 +405,7 @@ def measure(s, here):
                 table.append(cells)
                 print('    ' + ' | '.join(cell for cell in cells[1:] if cell), flush=True)
             write(out, head, table, chosen, work)
-        head.append(f'clocks at the end: {clocks()}; {time.monotonic() - began:.0f} s in all')
+        head.append(f'at the end: {clocks()}; {time.monotonic() - began:.0f} s in all')
         write(out, head, table, chosen, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)

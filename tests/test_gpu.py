@@ -56,14 +56,22 @@ def test_a_training_step_and_decoding_are_one_graph_each(attention):
         assert h.shape == (2, 2, 64)
 
 
-def test_drafting_makes_no_other_text_on_a_device_of_any_kind():
+def test_what_must_hold_on_a_gpu_holds_here():
     found = {}
     made = proofs.Proofs(lambda **fields: Transformer(Config(**fields)), bench_settings(), None,
                          torch.device('cpu'), small=True)
     for name, _, problem in made.all():
         found[name] = problem
-    assert found.pop('compiled_decoding') is None
-    assert len(found) == 7 and set(found.values()) == {None}
+    assert len(found) == 6 and set(found.values()) == {None}
+
+
+def test_a_proof_fails_where_something_does_not_hold(monkeypatch):
+    monkeypatch.setattr(proofs.ops, 'grouped_linear', lambda x, weight, ends: x @ weight[0].T)
+    made = proofs.Proofs(lambda **fields: Transformer(Config(**fields)), bench_settings(), None,
+                         torch.device('cpu'), small=True)
+    problems = {name: problem for name, _, problem in made.all()}
+    assert problems['grouped_matmul'].startswith('AssertionError: off by')
+    assert problems['document_mask'] is None
 
 
 def bench_settings():
@@ -84,7 +92,7 @@ def test_the_miniature_measures_every_part(tmp_path):
     head, *rows = rows
     assert {len(row) for row in rows} == {len(gpu.COLUMNS)} == {len(head)}
     measured = {row[0].removeprefix('| ') for row in rows}
-    wanted = {part.name for part in gpu.parts(Small(), 'work')}
+    wanted = {part.name for part in gpu.Plan(Small(), 'work').parts()}
     assert measured == wanted
     assert text.count('the same weights, bit for bit') == 1
 
@@ -93,6 +101,14 @@ class Small:
     small = True
     text = ''
     weights = ''
+
+
+def test_parts_are_chosen_by_name():
+    parts = gpu.Plan(Small(), 'work').parts()
+    names = [part.name for part in gpu.choose(parts, 'fp8,race')]
+    assert names == ['data', 'race', 'fp8: bfloat16', 'fp8: tensorwise', 'fp8: rowwise']
+    with pytest.raises(ValueError, match="'races' is none of data, ddp, fp8"):
+        gpu.choose(parts, 'races')
 
 
 def test_a_command_that_fails_or_hangs_is_a_row_and_the_next_goes_on(tmp_path):
