@@ -85,6 +85,8 @@ def generate(s, text, name, visit, length, temperature, top_k, seed):
 
 
 def written(s, text, name, visit, length, temperature, top_k, seed):
+    if None in (length, temperature, top_k, seed):
+        raise ValueError('length, temperature, top k and seed must be numbers')
     folder, model, tokenizer = load(name, s.device, s.dtype)
     ids = encode(tokenizer, text)
     note = ''

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import demo
 from model import Config, Transformer
 from nanoseek import folders
 from nanoseek.insight import favourites, look_at, write
@@ -99,6 +100,25 @@ def test_what_is_said_to_be_drafted_is_as_much_as_was_accepted():
 
 
 # ---------------------------------------------------------------------------------- the page
+
+@pytest.mark.parametrize('name, text, settings, words', [
+    ('step-000001', '', (5, 0.8, 50, 1), '0 tokens'),
+    ('step-000001', 'abc€', (5, 0.8, 50, 1), "'€' (U+20AC) is not in the vocabulary"),
+    ('step-000001', 'abc', (5, 0.8, 50, None), 'must be numbers'),
+    ('step-000009', 'abc', (5, 0.8, 50, 1), 'no such folder'),
+    ('damaged', 'abc', (5, 0.8, 50, 1), 'is damaged')])
+def test_a_mistake_on_the_page_is_a_line(run, tmp_path, name, text, settings, words):
+    shutil.copytree(run / 'step-000001', tmp_path / 'damaged')
+    weights = tmp_path / 'damaged/model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:500])
+    folder = run / name
+    if name == 'damaged':
+        folder = tmp_path / name
+    *_, last = demo.generate(demo.Settings(), text, str(folder), demo.Visit(), *settings)
+    _, line, _, tokens, origins = last
+    assert line.startswith('**') and words in line
+    assert tokens == origins == []
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
