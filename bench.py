@@ -26,6 +26,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -74,7 +75,7 @@ class Settings:
     small: bool = False             # gpu: in miniature; always so without a GPU
     text: str = ''                  # gpu: tinyshakespeare's; if empty the project's own text
     weights: str = ''               # gpu: SmolLM2-135M's folder, to be converted and healed
-    only: Literal['', 'proofs', 'profile', 'memory'] = ''  # of a model: only this, as JSON
+    only: Literal['', 'proofs', 'profile', 'memory', 'decoding'] = ''  # only this, as JSON
     corpus_mb: int = 0              # not a model, but prepare.py, on so many megabytes of text
     tokenizer: str = 'gpt2'         # what prepare.py gets as --tokenizer
     work_dir: str = ''              # for its files; if empty a temporary folder, removed at the end
@@ -357,49 +358,42 @@ def decoder(stream):
     return job
 
 
+@torch.no_grad()
 def drafting_row(model, context, rounds):
     """What drafting costs behind so many tokens, at batch 1: a pass of one token, one of two, of
-    which the second is a draft, and the making of a draft. None without an MTP layer that can"""
-    if not model.can_draft:
-        return None
+    which the second is a draft, and the making of a draft"""
     c = model.config
     prompt = torch.randint(0, c.vocab_size, (1, context), device=model.head.device)
-    caches = {}
-    for name, layers in (('hidden', c.num_hidden_layers), ('mtp', 1)):
-        caches[name] = Cache(replace(c, num_hidden_layers=layers), 1, context + 8, model.head,
-                             model.head.dtype)
-    h, _ = model.hidden(prompt, caches['hidden'])
-    model.mtp(1, h, prompt, caches['mtp'])
-    state = h[:, -1:].clone()
-
-    def first_choices(h):
-        return F.linear(h, model.head).argmax(-1).tolist()
-
-    def pass_of(count):
-        tokens = prompt[:, :count].clone()
-
-        def one_pass():
-            with decoding_kernels(count):
-                caches['hidden'].length = context
-                h, _ = model.hidden(tokens, caches['hidden'])
-                first_choices(h)
-        return one_pass
-
+    main = Cache(c, 1, context + 8, model.head, model.head.dtype)
+    mtp = Cache(replace(c, num_hidden_layers=1), 1, context + 8, model.head, model.head.dtype)
+    states, _ = model.hidden(prompt, main)
+    model.mtp(1, states, prompt, mtp)
+    state = states[:, -1:].clone()
     one = prompt[:, :1].clone()
+    two = prompt[:, :2].clone()
+
+    def pass_of(tokens):
+        with decoding_kernels(tokens.shape[1]):
+            main.length = context
+            h, _ = model.hidden(tokens, main)
+            F.linear(h, model.head).argmax(-1).tolist()
 
     def draft():
         with decoding_kernels(1):
-            caches['mtp'].length = context
-            h, _ = model.mtp(1, state, one, caches['mtp'])
-            first_choices(h)
+            mtp.length = context
+            h, _ = model.mtp(1, state, one, mtp)
+            F.linear(h, model.head).argmax(-1).tolist()
 
-    jobs = {}
-    for name, job in (('one', pass_of(1)), ('two', pass_of(2)), ('draft', draft)):
-        jobs[name] = partial(time_of, job)
-    times = medians(jobs, 10 * rounds)
-    one, two, draft = (1e3 * times[name][0] for name in ('one', 'two', 'draft'))
-    return {'context': context, 'one_ms': one, 'two_ms': two, 'draft_ms': draft,
-            'breaks_even_at': (two + draft) / one - 1}
+    jobs = {
+        'one_ms': partial(time_of, partial(pass_of, one)),
+        'two_ms': partial(time_of, partial(pass_of, two)),
+        'draft_ms': partial(time_of, draft),
+    }
+    row = {'context': context}
+    for name, (spent,) in medians(jobs, 10 * rounds).items():
+        row[name] = 1e3 * spent
+    row['breaks_even_at'] = (row['two_ms'] + row['draft_ms']) / row['one_ms'] - 1
+    return row
 
 
 def time_of(job):
@@ -430,11 +424,10 @@ class Contender:
     flops: float        # of a training step, per token
 
 
-def our_contenders(s, t, model, device, dtype, folder):
+def our_contenders(s, t, model, own, device, dtype):
     """Yields ours with AdamW; with the config's optimizer, if that is another; without experts but
-    with the same active FLOPs"""
+    with the same active FLOPs. own: the same model for decoding"""
     c = model.config
-    own = decoding_model(t, folder, device, dtype)
     loss_of = own_loss(model, t, device, dtype)
 
     def contender(name, model, loss_of, optimizer, decode=None):
@@ -452,11 +445,12 @@ def our_contenders(s, t, model, device, dtype, folder):
         yield contender('nanoseek, dense, same active FLOPs', other, loss_of, adamw(other, device))
 
 
-def decoding_model(t, folder, device, dtype, with_drafts=False):
-    """-> the model in folder, for decoding, compiled where the settings say so"""
+def decoding_model(t, folder, device, dtype):
+    """-> the model in folder, for decoding, with drafts or without, compiled where the settings say
+    so"""
     model = Transformer.from_pretrained(folder, dtype=dtype).to(device).eval()
     drafts = None
-    if with_drafts and model.can_draft:
+    if model.can_draft:
         drafts = Drafts()
     if wants_compile(t, device):
         problem = compile_decoding(model, drafts)
@@ -539,12 +533,7 @@ def measure(s, t, given, folder):
     device, dtype = pick_device(t)
     if t.fp8:
         check_fp8(t.fp8, device, dtype)
-    source = None
-    if t.init_from:
-        source = train.init_folder(t)
-    c = train.model_config(train.chosen(given), source, None)
-    alone = train.OneDevice()
-    train.fit_settings(t, c, dtype, alone.room(device), alone)      # batch_size=0
+    c = model_config(t, given, device, dtype)
     contexts = fitting_contexts(s, c)
     found = {
         'machine': machine(device, dtype),
@@ -559,7 +548,8 @@ def measure(s, t, given, folder):
     if t.fp8:
         to_fp8(model, t.fp8)
     model.to(device).train()
-    contenders = list(our_contenders(s, t, model, device, dtype, folder))
+    own = decoding_model(t, folder, device, dtype)
+    contenders = list(our_contenders(s, t, model, own, device, dtype))
     if s.vs == 'transformers':
         contenders += transformers_contenders(model, t, device, dtype, folder)
     elif s.vs:
@@ -569,11 +559,22 @@ def measure(s, t, given, folder):
     found['decoding'] = decoding_rows(s, contenders, contexts, c.vocab_size, device)
     read = weights_read(model) / 4 * dtype.itemsize     # the model is float32, decoding in dtype
     add_share_of_copy(found['decoding'], read, found['machine']['copy_bytes'])
-    with torch.no_grad():
-        found['drafting'] = drafting_row(decoding_model(t, folder, device, dtype, True),
-                                         contexts[0], s.rounds)
+    found['drafting'] = None
+    if own.can_draft:
+        found['drafting'] = drafting_row(own, contexts[0], s.rounds)
     found.update(parts_of_step(s, t, model, device, dtype))
     return found
+
+
+def model_config(t, given, device, dtype):
+    """-> the Config; settles batch_size=0"""
+    source = None
+    if t.init_from:
+        source = train.init_folder(t)
+    c = train.model_config(train.chosen(given), source, None)
+    alone = train.OneDevice()
+    train.fit_settings(t, c, dtype, alone.room(device), alone)
+    return c
 
 
 def fitting_contexts(s, c):
@@ -941,9 +942,7 @@ def proofs(s, t):
 def profile(t, given):
     """Prints the ten kernels that take most of a training step, as JSON"""
     device, dtype = pick_device(t)
-    c = train.model_config(train.chosen(given), None, None)
-    alone = train.OneDevice()
-    train.fit_settings(t, c, dtype, alone.room(device), alone)
+    c = model_config(t, given, device, dtype)
     model = Transformer(c).to(device).train()
     step = trainer(model, own_loss(model, t, device, dtype), c.vocab_size, t, device, dtype,
                    make_optimizer(t, model, dtype))
@@ -958,21 +957,27 @@ def profile(t, given):
             spent = event.self_device_time_total
         rows.append({'name': event.key, 'ms': spent / 1e3, 'calls': event.count})
     total = sum(row['ms'] for row in rows)
-    rows.sort(key=by_time, reverse=True)
+    rows.sort(key=itemgetter('ms'), reverse=True)
     print(json.dumps({'total_ms': total, 'kernels': rows[:10]}))
-
-
-def by_time(row):
-    return row['ms']
 
 
 def memory(t, given):
     """Prints the estimate and the measurement of a step's memory, as JSON"""
     device, dtype = pick_device(t)
-    c = train.model_config(train.chosen(given), None, None)
-    alone = train.OneDevice()
-    train.fit_settings(t, c, dtype, alone.room(device), alone)
-    print(json.dumps({**memory_row(t, c, device, dtype), 'batch_size': t.batch_size}))
+    c = model_config(t, given, device, dtype)
+    print(json.dumps(memory_row(t, c, device, dtype)))
+
+
+def decoding(s, t, given, folder):
+    """Prints what decoding takes, and nothing else, as JSON"""
+    device, dtype = pick_device(t)
+    c = model_config(t, given, device, dtype)
+    Transformer(c).save_pretrained(folder)
+    model = decoding_model(t, folder, device, dtype)
+    contender = Contender('nanoseek', None, decoder(model.stream), 0, 0.0)
+    rows = decoding_rows(s, [contender], fitting_contexts(s, c), c.vocab_size, device)
+    add_share_of_copy(rows, weights_read(model), copy_rate(device))
+    print(json.dumps(rows))
 
 
 def main(s, t, given):
@@ -994,6 +999,8 @@ def main(s, t, given):
     try:
         if s.corpus_mb:
             bench_prepare(s, folder)
+        elif s.only == 'decoding':
+            decoding(s, t, given, folder)
         else:
             found = measure(s, t, given, folder)
             if s.json:

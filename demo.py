@@ -22,8 +22,8 @@ import sample  # noqa: E402
 from model import ATTENTION  # noqa: E402
 from nanoseek import checkpoint  # noqa: E402
 from nanoseek.estimate import architecture, cache_line  # noqa: E402
-from nanoseek.insight import (LIKELY, favourites, in_a_line, likely_name, look_at, visible,
-                              write)  # noqa: E402
+from nanoseek.insight import (LIKELY, distinct, favourites, in_a_line, likely_name, look_at,
+                              visible, write)  # noqa: E402
 from nanoseek.space import write_space  # noqa: E402
 from nanoseek.speculate import Drafts  # noqa: E402
 from nanoseek.tokenizer import decode, encode  # noqa: E402
@@ -31,7 +31,6 @@ from nanoseek.tokenizer import decode, encode  # noqa: E402
 COLOURS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#999999', '#ee8866')
 CSS = '.token, .token-container {margin: 0 !important; padding: 0 1px !important}'
 ORIGINS = {True: 'an accepted draft', False: 'the model itself'}
-HERE = Path(__file__).resolve().parent
 INTRO = """# nanoseek at work
 Write: the text goes on from the prompt. Click one of its tokens to see what else was likely in its
 place. Change the text, and go on from there."""
@@ -44,7 +43,7 @@ class Settings:
     compare: str = ''               # another one, which is shown beside it
     prompt: str = 'Before we proceed'   # what the page begins with
     host: str = '127.0.0.1'         # who sees the page: this machine; 0.0.0.0: the network
-    port: int = 0                   # of the page; 0: the first free one from 7860 on
+    port: int | None = None         # of the page; none: the first free one from 7860 on
     space: str = ''                 # no page, but a folder that is a Hugging Face Space
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
@@ -153,10 +152,12 @@ def build(s, gr):
                 gr.Number(1337, label='Seed', precision=0, minimum=0, min_width=100),
             ]
         with gr.Row():
-            for name, key in ((s.checkpoint, 'a'), (s.compare, 'b')):
-                if key == 'a' or name:
-                    with gr.Column(min_width=330):
-                        add_panel(s, gr, name, key, prompt, settings, start, go_on, stop)
+            names = [s.checkpoint]
+            if s.compare:
+                names.append(s.compare)
+            for name, key in zip(names, 'ab'):
+                with gr.Column(min_width=330):
+                    add_panel(s, gr, name, key, prompt, settings, start, go_on, stop)
     return page
 
 
@@ -182,13 +183,13 @@ def add_panel(s, gr, name, key, prompt, settings, start, go_on, stop):
 
     def show_instead(visit, event: gr.SelectData):
         _, _, tokenizer = load(visit.name, s.device, s.dtype)
-        likeliest = visit.insight.likeliest[event.index]
-        found = {in_a_line(decode(tokenizer, [token])): p for token, p in likeliest}
+        found = {}
+        for token, p in visit.insight.likeliest[event.index]:
+            found[distinct(decode(tokenizer, [token]), token, found)] = p
         return gr.Label(found, visible=bool(found))
 
     tokens.select(show_instead, visit, instead)
-    layers = [i for i, layer in enumerate(model.model.layers) if layer.is_moe]
-    layers = [i for i in layers if i < model.config.num_hidden_layers]
+    layers = [i for i in range(model.config.num_hidden_layers) if model.model.layers[i].is_moe]
     if layers:
         add_experts(gr, key, visit, layers, model.config.n_routed_experts, writing)
 
@@ -235,11 +236,11 @@ def main(s):
     about = architecture(model.config)
     print(f'{folder}: {about}')
     if s.space:
-        write_space(s.space, HERE, folder, about, gr.__version__)
+        write_space(s.space, folder, s.checkpoint, about, gr.__version__)
         print(f'{s.space}: upload it as a Space, or run python app.py there')
         return
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])
-    build(s, gr).launch(server_name=s.host, server_port=s.port or None, theme=theme, css=CSS,
+    build(s, gr).launch(server_name=s.host, server_port=s.port, theme=theme, css=CSS,
                         footer_links=[])
 
 

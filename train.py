@@ -261,10 +261,12 @@ def evaluate(model, data, s, device, amp, dist):
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)
-    names = ['val_loss', 'val_accept']
-    for depth in range(2, model.config.num_nextn_predict_layers + 1):
-        names.append(f'val_accept_{depth}')
-    names = names[:1 + model.config.num_nextn_predict_layers]
+    names = ['val_loss']
+    for depth in range(1, model.config.num_nextn_predict_layers + 1):
+        name = 'val_accept'
+        if depth > 1:
+            name += f'_{depth}'
+        names.append(name)
     total = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
     model.eval()
     for first in range(0, count, dist.world * s.batch_size):

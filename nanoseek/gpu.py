@@ -17,6 +17,8 @@ import torch
 
 GOAL_NATS = 1.4697                      # of nanoGPT's shakespeare_char.py, per character
 COLUMNS = ('part', 'what', 'found', 'spread', 'wanted', '')
+# sequences of a step, with which all that bench.py compares fits into 80 GB together
+BATCHES = {'smol135_dense': 16, 'smol135': 8, 'v3_tiny': 16}
 FP8 = {'bfloat16': (), 'tensorwise': ('--fp8=tensorwise',), 'rowwise': ('--fp8=rowwise',)}
 TINY = ['--hidden_size=32', '--num_hidden_layers=1', '--num_attention_heads=2', '--vocab_size=64',
         '--intermediate_size=64', '--moe_intermediate_size=32', '--batch_size=2',
@@ -109,6 +111,10 @@ def read_bench(mfu_goal=None):
     return read
 
 
+def read_decoding(lines):
+    return [decoding_row(row) for row in json.loads(lines[-1])]
+
+
 def decoding_row(row):
     speed = f'{row["tokens_per_s"]:,.0f} tokens/s'
     if row['of_copy']:
@@ -153,7 +159,9 @@ def read_run(folder):
     def read(lines):
         steps, _ = metrics(folder)
         last = steps[-1]
-        speeds = sorted(entry['tok_per_s'] for entry in steps[1:] or steps)
+        if len(steps) > 1:
+            del steps[0]            # which compiles
+        speeds = sorted(entry['tok_per_s'] for entry in steps)
         text = (f'loss {last["loss"]:.4f} after {last["step"]} steps, '
                 f'{speeds[len(speeds) // 2]:,.0f} tokens/s, {last["memory_mb"]:,.0f} MB')
         return [Row('a run', text, f'{speeds[0]:,.0f} to {speeds[-1]:,.0f} tokens/s')]
@@ -262,21 +270,33 @@ class Plan:
             yield Part(way, [*TORCHRUN, *command], read_run(f'{self.work}/{way}'), 60)
 
     def speed(self):
-        dense = self.bench('config/smol135_dense.py', '--json', *self.sizes, *self.gqa)
-        yield Part('smol135_dense', dense, read_bench(0.5), 120)
-        yield Part('smol135', self.bench('config/smol135.py', '--vs=transformers', '--json',
-                                         *self.sizes), read_bench(), 180)
+        for name, goal, options in (('smol135_dense', 0.5, self.gqa),
+                                    ('smol135', None, ['--vs=transformers']),
+                                    ('v3_tiny', None, [])):
+            command = self.bench(f'config/{name}.py', '--json', f'--batch_size={BATCHES[name]}',
+                                 *self.sizes, *options)
+            yield Part(name, command, read_bench(goal), 150)
+        yield from self.race()
+        profile = self.bench('config/smol135.py', '--only=profile',
+                             f'--batch_size={BATCHES["smol135"]}')
+        yield Part('profile', profile, read_profile, 90)
+        names = ['smol135_dense', 'smol135']            # which have been measured compiled
+        if self.small:
+            names = names[:1]
+        for name in names:
+            eager = self.bench(f'config/{name}.py', '--only=decoding', '--compile=false',
+                               *self.sizes, *self.gqa)
+            yield Part(f'eager: {name}', eager, read_decoding, 90)
+        yield Part('largest batch', self.run('largest', 'config/smol135.py', steps=2),
+                   read_run(f'{self.work}/largest'), 90)
+
+    def race(self):
         steps = 1000
         if self.small:
             steps = 50
         race = self.run('race', 'config/shakespeare_gpu.py', '--eval_interval=50', *self.gqa,
                         steps=steps)
         yield Part('race', race, read_race(f'{self.work}/race', self.is_right_text), 90)
-        yield Part('v3_tiny', self.bench('config/v3_tiny.py', '--json', *self.sizes),
-                   read_bench(), 120)
-        yield Part('profile', self.bench('config/smol135.py', '--only=profile'), read_profile, 90)
-        yield Part('largest batch', self.run('largest', 'config/smol135.py', steps=2),
-                   read_run(f'{self.work}/largest'), 90)
 
     def fp8(self):
         steps = 200

@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 LIKELY = (          # a probability of at least so much, its name, the colour of such tokens
     (0.5, 'above 50%', '#2f7ebc'),
@@ -15,6 +16,7 @@ LIKELY = (          # a probability of at least so much, its name, the colour of
     (0.01, '1 to 5%', '#f6c27a'),
     (0.0, 'below 1%', '#e0694a'),
 )
+ROWS = 256                          # of logits at a time
 TURNS = threading.Lock()            # who uses a model at the same time takes turns, token by token
 
 
@@ -36,29 +38,30 @@ def look_at(model, ids, count=5):
 
     def note(gate, args, out):
         chosen.append(out)
+    idx = torch.tensor([ids], device=model.head.device)
     with TURNS:             # what others write must not be noted
         hooks = [moe.gate.register_forward_hook(note) for moe in model.moe_layers]
         try:
-            logits, _ = model(torch.tensor([ids], device=model.head.device))
+            h, _ = model.hidden(idx)                                                # (1, T, D)
         finally:
             for hook in hooks:
                 hook.remove()
-    p = logits[0, :-1].softmax(-1).cpu()                                            # (T - 1, V)
-    best = p.topk(min(count, p.shape[1]))
-    following = torch.tensor(ids[1:])[:, None]
-    experts = []
-    load = []
+
+    found = Insight([float('nan')], [[]], [], [])
+    states = h[0, :-1].split(ROWS)
+    following = idx[0, 1:, None].split(ROWS)
+    for rows, tokens in zip(states, following):
+        p = F.linear(rows, model.head).float().softmax(-1)                          # (rows, V)
+        found.probability += p.gather(1, tokens)[:, 0].tolist()
+        best = p.topk(min(count, p.shape[1]))
+        for likely, shares in zip(best.indices.tolist(), best.values.tolist()):
+            found.likeliest.append(list(zip(likely, shares)))
     for weights, layer_ids, affinity in chosen:                     # (T, K), (T, K), (T, E)
         order = weights.argsort(-1, descending=True)
-        experts.append(layer_ids.gather(1, order).tolist())
+        found.experts.append(layer_ids.gather(1, order).tolist())
         counts = layer_ids.flatten().bincount(minlength=affinity.shape[1])
-        load.append((counts / counts.sum()).tolist())
-    return Insight(
-        probability=[float('nan'), *p.gather(1, following)[:, 0].tolist()],
-        likeliest=[[], *(list(zip(tokens, shares)) for tokens, shares in zip(
-            best.indices.tolist(), best.values.tolist()))],
-        experts=experts,
-        load=load)
+        found.load.append((counts / counts.sum()).tolist())
+    return found
 
 
 def favourites(pieces, experts, count, most=6):
@@ -108,6 +111,15 @@ def visible(piece):
 
 def in_a_line(piece):
     return visible(piece).replace('\n', '').replace(' ', '␣')
+
+
+def distinct(piece, token, others):
+    """A token's text in a line, with its number where that is empty or among others, as those of
+    parts of characters are"""
+    piece = in_a_line(piece)
+    if not piece or piece in others:
+        piece += f' ({token})'
+    return piece
 
 
 def likely_name(probability):

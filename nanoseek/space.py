@@ -25,10 +25,12 @@ tags: [nanoseek]
 FILES = ('demo.py', 'sample.py', 'model.py', 'config/__init__.py', 'LICENSE')
 
 
-def write_space(directory, source, model_folder, about, gradio_version):
-    """directory: a new one; source: the project's; model_folder: what the Space shows. ValueError
-    where something is in the way"""
+def write_space(directory, model_folder, name, about, gradio_version):
+    """directory: a new one; model_folder: what the Space shows; name: how
+    the user called it, or empty. ValueError where something is in the way"""
+    source = Path(__file__).resolve().parent.parent
     directory = Path(directory)
+    model_folder = Path(model_folder)
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f'space={directory}: is not empty')
     for name in FILES:
@@ -42,9 +44,8 @@ def write_space(directory, source, model_folder, about, gradio_version):
     requirements = f'{needed.rstrip()}\ngradio=={gradio_version}\n'
     (directory / 'requirements.txt').write_text(requirements, encoding='utf-8')
     (directory / 'app.py').write_text(APP, encoding='utf-8')
-    name = Path(model_folder).name
-    if name.startswith('step-'):
-        name = Path(model_folder).parent.name
-    title = f'nanoseek {name}'
+    if model_folder.name.startswith('step-'):
+        name = model_folder.parent.name
+    title = f'nanoseek {Path(name).name}'.strip()
     card = CARD.format(title=title, version=gradio_version, about=about)
     (directory / 'README.md').write_text(card, encoding='utf-8')

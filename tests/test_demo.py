@@ -163,7 +163,7 @@ def browser():
 
 @pytest.fixture(scope='module')
 def address(run, browser):
-    with served('demo.py', f'--checkpoint={run}/step-000002', '--prompt=abc', '--port=0') as url:
+    with served('demo.py', f'--checkpoint={run}/step-000002', '--prompt=abc') as url:
         yield url
 
 
@@ -188,6 +188,15 @@ def wait_until(condition, seconds=60):
 
 def set_length(page, length):
     page.fill('input[aria-label="number input for Length"]', str(length))
+
+
+def write_on(page, prompt, length):
+    """-> the whole text, when it is written"""
+    page.fill('#prompt textarea', prompt)
+    set_length(page, length)
+    page.click('#write')
+    ended(page)
+    return text_of(page)
 
 
 def ended(page):
@@ -277,26 +286,19 @@ def test_a_space_is_a_folder_that_starts(run, browser, tmp_path):
     assert card.startswith('---\ntitle: ') and 'sdk: gradio' in card
     assert 'gradio==' in (space / 'requirements.txt').read_text(encoding='utf-8')
     with served('app.py', folder=space) as url:
-        page = opened(browser, url)
-        page.fill('#prompt textarea', 'abc')
-        set_length(page, 7)
-        page.click('#write')
-        ended(page)
-        assert len(text_of(page)) == 10
+        assert len(write_on(opened(browser, url), 'abc', 7)) == 10
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group('demo')
 def test_two_checkpoints_write_side_by_side(run, browser):
     with served('demo.py', f'--checkpoint={run}/step-000001', f'--compare={run}/step-000002',
-                '--prompt=abc', '--port=0') as url:
+                '--prompt=abc') as url:
         page = opened(browser, url)
-        set_length(page, 30)
-        page.click('#write')
-        ended(page)
+        text = write_on(page, 'abc', 30)
         wait_until(lambda: ' a second' in page.inner_text('#said-b'))
         other = page.input_value('#text-b textarea')
-        assert len(other) == len(text_of(page)) == 33 and other != text_of(page)
+        assert len(other) == len(text) == 33 and other != text
 
 
 @pytest.mark.slow

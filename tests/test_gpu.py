@@ -2,11 +2,14 @@
 device, where a tensor has no values, so that whatever would wait for one fails."""
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench
+import train
 from model import Cache, Config, Transformer
 from nanoseek import gpu, proofs
 
@@ -56,27 +59,32 @@ def test_a_training_step_and_decoding_are_one_graph_each(attention):
         assert h.shape == (2, 2, 64)
 
 
+def problems():
+    """What is wrong here with what must hold everywhere"""
+    def make(**fields):
+        return Transformer(Config(**fields))
+    made = proofs.Proofs(make, train.Settings(), None, torch.device('cpu'), small=True)
+    return {name: problem for name, _, problem in made.all()}
+
+
 def test_what_must_hold_on_a_gpu_holds_here():
-    found = {}
-    made = proofs.Proofs(lambda **fields: Transformer(Config(**fields)), bench_settings(), None,
-                         torch.device('cpu'), small=True)
-    for name, _, problem in made.all():
-        found[name] = problem
+    found = problems()
     assert len(found) == 6 and set(found.values()) == {None}
 
 
 def test_a_proof_fails_where_something_does_not_hold(monkeypatch):
     monkeypatch.setattr(proofs.ops, 'grouped_linear', lambda x, weight, ends: x @ weight[0].T)
-    made = proofs.Proofs(lambda **fields: Transformer(Config(**fields)), bench_settings(), None,
-                         torch.device('cpu'), small=True)
-    problems = {name: problem for name, _, problem in made.all()}
-    assert problems['grouped_matmul'].startswith('AssertionError: off by')
-    assert problems['document_mask'] is None
+    monkeypatch.setattr(proofs.ops, 'sort_by_expert', slow_sort)
+    found = problems()
+    assert found['grouped_matmul'].startswith('AssertionError: off by')
+    assert found['one_graph'].startswith('AssertionError: ')
+    assert found['document_mask'] is None
 
 
-def bench_settings():
-    import train
-    return train.Settings()
+def slow_sort(ids, E, sort_by_expert=proofs.ops.sort_by_expert):
+    """One that asks for a value, at which a graph breaks"""
+    torch._dynamo.graph_break()
+    return sort_by_expert(ids, E)
 
 
 @pytest.mark.slow
@@ -92,22 +100,16 @@ def test_the_miniature_measures_every_part(tmp_path):
     head, *rows = rows
     assert {len(row) for row in rows} == {len(gpu.COLUMNS)} == {len(head)}
     measured = {row[0].removeprefix('| ') for row in rows}
-    wanted = {part.name for part in gpu.Plan(Small(), 'work').parts()}
+    wanted = {part.name for part in gpu.Plan(bench.Settings(small=True), 'work').parts()}
     assert measured == wanted
     assert text.count('the same weights, bit for bit') == 1
 
 
-class Small:
-    small = True
-    text = ''
-    weights = ''
-
-
 def test_parts_are_chosen_by_name():
-    parts = gpu.Plan(Small(), 'work').parts()
+    parts = gpu.Plan(bench.Settings(small=True), 'work').parts()
     names = [part.name for part in gpu.choose(parts, 'fp8,race')]
     assert names == ['data', 'race', 'fp8: bfloat16', 'fp8: tensorwise', 'fp8: rowwise']
-    with pytest.raises(ValueError, match="'races' is none of data, ddp, fp8"):
+    with pytest.raises(ValueError, match="'races' is none of data, ddp, eager, fp8"):
         gpu.choose(parts, 'races')
 
 
@@ -124,3 +126,14 @@ def test_a_command_that_fails_or_hangs_is_a_row_and_the_next_goes_on(tmp_path):
         gpu.attempt(hang, tmp_path, 1)
     row, = gpu.attempt(good, tmp_path, 60)
     assert row.found == 'well'
+
+
+def test_the_children_of_a_command_end_with_it(tmp_path):
+    left = tmp_path / 'left'
+    child = f'import time; time.sleep(4); open({str(left)!r}, "w")'
+    parent = (f'import subprocess, sys, time; subprocess.Popen([sys.executable, "-c", {child!r}]); '
+              'time.sleep(60)')
+    with pytest.raises(gpu.Problem):
+        gpu.attempt(gpu.Part('parent', ['-c', parent], None, 60), tmp_path, 2)
+    time.sleep(4)
+    assert not left.exists()
