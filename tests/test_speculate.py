@@ -119,6 +119,7 @@ def test_compiled_drafting_gives_the_same_text_and_compiles_at_the_start_only(at
                             num_nextn_predict_layers=depth)
     with torch.no_grad():
         plain = model.generate(period, 80)
+    torch._dynamo.reset()       # the models of other tests count against the limit of compilations
     assert compile_decoding(model, Drafts()) is None
     with torch._dynamo.config.patch(error_on_recompile=True):
         drafts = Drafts()
