@@ -1015,4 +1015,5 @@ def main(s, t, given):
 if __name__ == '__main__':
     with config.user_errors(needs_stdout=True):
         own, training, model_settings = config.load(Settings, train.Settings, Config, usage=__doc__)
-        main(Settings(**own), train.Settings(**training), model_settings)
+        t, model_settings = train.turn_dial(train.Settings, training, model_settings)
+        main(Settings(**own), t, model_settings)

@@ -2,6 +2,7 @@
 
     python train.py config/shakespeare.py --max_steps=500
     python train.py config/smol135.py --max_steps=0     # the model and the memory it needs, no more
+    python train.py --depth=4 --dataset=mybook          # all from one number: model, batch, steps
 
 Config files are Python and are executed; settings given later win. The run is in out_dir:
 settings.json, metrics.jsonl, train.log and step-N/ folders, each a Hugging Face model. The same
@@ -24,7 +25,7 @@ import torch
 
 import config
 from model import Config, Transformer
-from nanoseek import checkpoint, files, folders, hf, monitor, signals
+from nanoseek import checkpoint, dial, files, folders, hf, monitor, signals
 from nanoseek.card import model_card
 from nanoseek.checkpoint import checkpoints, damage  # noqa: F401  # scripts import them from here
 from nanoseek.checks import check_batch, check_logs, check_sizes, check_tokenizer
@@ -32,7 +33,7 @@ from nanoseek.device import (check_fp8, compiled, is_out_of_memory, matmul_rate,
                              pick_device, to_device, to_fp8, wants_compile)
 from nanoseek.estimate import describe, flops_per_token
 from nanoseek.fit import Room, Way, advice, fit
-from nanoseek.optim import learning_rate_at, make_optimizer
+from nanoseek.optim import learning_rate_at, make_optimizer, set_learning_rate
 from nanoseek.tokenizer import decode, encode, load_tokenizer
 from nanoseek.tokens import NoDataset, open_data
 
@@ -42,6 +43,8 @@ STARTED = time.time()
 @dataclass
 class Settings:
     """Training settings"""
+    depth: int = 0                      # the dial: model and training follow from it; 0: as given
+    tokens: int = 0                     # with depth: those of the whole run; 0: compute-optimal
     out_dir: str = 'out/run'            # where the run is written
     dataset: str | dict = 'shakespeare'  # of prepare.py, or a mixture: {'a': 0.7, 'b': 0.3}
     seed: int = 1337                    # of the first weights, the order of the data and dropout
@@ -56,6 +59,7 @@ class Settings:
     max_steps: int = 1000               # steps of the whole run; 0: print the model and stop
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for matrices; AdamW for all else
     learning_rate: float = 1e-3         # its peak
+    embedding_lr: float = 1.0           # embedding and head: times learning_rate
     min_lr_frac: float = 0.1            # where it ends, a fraction of learning_rate
     warmup_steps: int = 100             # steps of linear warm-up
     schedule: Literal['cosine', 'wsd'] = 'cosine'  # after warm-up; wsd: constant, at the end linear
@@ -84,11 +88,14 @@ class Settings:
     def __post_init__(self):
         for name in ('block_size', 'log_interval', 'max_bad_steps'):
             self.require(name, getattr(self, name) >= 1, 'at least 1')
-        for name in ('batch_size', 'global_batch_size', 'max_steps', 'warmup_steps',
-                     'eval_interval', 'eval_steps', 'sample_interval', 'checkpoint_interval',
+        for name in ('depth', 'tokens', 'batch_size', 'global_batch_size', 'max_steps',
+                     'warmup_steps', 'eval_interval', 'eval_steps', 'sample_interval', 'checkpoint_interval',
                      'keep_checkpoints', 'max_rollbacks', 'grad_clip', 'weight_decay'):
             self.require(name, getattr(self, name) >= 0, 'at least 0')
-        for name in ('learning_rate', 'eps'):
+        if self.tokens and not self.depth:
+            raise ValueError(f'tokens={self.tokens}: is for runs with a depth; in others max_steps '
+                             'says how long they are')
+        for name in ('learning_rate', 'embedding_lr', 'eps'):
             self.require(name, getattr(self, name) > 0, 'above 0')
         for name in ('min_lr_frac', 'decay_frac'):
             self.require(name, 0 <= getattr(self, name) <= 1, 'at least 0 and at most 1')
@@ -166,6 +173,24 @@ class Progress:
 
 
 # --------------------------------------------------------- how the parts of a run are made
+
+
+def load_settings(settings_class, usage):
+    """The command line -> a settings_class, and what was given of the model's settings; both with
+    what --depth says"""
+    given, model = config.load(settings_class, Config, usage=usage)
+    return turn_dial(settings_class, given, model)
+
+
+def turn_dial(settings_class, given, model):
+    """The same for what was read already"""
+    asked = settings_class(**given)
+    if asked.depth:
+        vocab_size = 256
+        with suppress(NoDataset):
+            vocab_size = open_data(asked.dataset).vocab_size
+        given, model = dial.turn(given, chosen(model), vocab_size, Transformer, Config)
+    return settings_class(**given), model
 
 
 def model_config(given, folder, data):
@@ -382,8 +407,7 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
     pause = 0.0                     # seconds that the last checkpoint took of the loop's time
     while progress.step < s.max_steps:
         lr = learning_rate_at(progress.step, s)
-        for group in optimizer.param_groups:
-            group['lr'] = lr
+        set_learning_rate(optimizer, lr)
 
         # Forward and backward: gradients add up over micro-steps, and are means over ranks
         position = progress.step + progress.skipped
@@ -445,7 +469,8 @@ def train(s, dist, device, amp, data, model, forward, optimizer, scaler, progres
             ms = (time.perf_counter() - clock) * 1e3 / (progress.step - timed_from)
             means = {name: dist.mean(value) for name, value in losses.items()}
             entry = {
-                'step': progress.step, 'tokens': progress.step * tokens, 'elapsed_s': elapsed(),
+                'step': progress.step, 'tokens': progress.step * tokens,
+                'flops': progress.step * flops, 'elapsed_s': elapsed(),
                 'lr': lr, 'grad_norm': norm, **monitor.loss_entry(means),
                 **monitor.speed_entry(ms, tokens, flops / peak_flops, device),
                 **monitor.load_entry(load),
@@ -649,6 +674,8 @@ def show_model(s, given):
     print(*describe(Transformer, c, s, memory), sep='\n')
     if line is not None:
         print(line)
+    if s.depth:
+        print(*dial.describe(Transformer, c, s, matmul_rate(device, dtype)), sep='\n')
     return c, dtype, memory
 
 
@@ -721,8 +748,7 @@ def read_companions(s, found):
 if __name__ == '__main__':
     try:
         with config.user_errors():
-            given, model_settings = config.load(Settings, Config, usage=__doc__)
-            settings = Settings(**given)
+            settings, model_settings = load_settings(Settings, __doc__)
             if settings.max_steps == 0:
                 with config.user_errors(needs_stdout=True):
                     show_model(settings, model_settings)

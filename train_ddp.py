@@ -217,8 +217,7 @@ def costs(s, c, dtype, memory):
 
 
 def load_settings():
-    given, model_settings = config.load(Settings, Config, usage=__doc__)
-    s = Settings(**given)
+    s, model_settings = train.load_settings(Settings, __doc__)
     if s.max_steps == 0:
         c, dtype, memory = train.show_model(s, model_settings)
         print(*costs(s, c, dtype, memory), sep='\n')

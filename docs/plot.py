@@ -1,6 +1,10 @@
 """Plot runs from their metrics.jsonl. Needs matplotlib.
 
     python docs/plot.py out/a [out/b ...] [--out=plot.png] [--x=tokens]
+    python docs/plot.py out/a [out/b ...] --ladder [--title=TEXT]
+
+--x is step, tokens, flops or seconds (those of its steps: a run's median step, times their number).
+--ladder draws only what was learned, in bits per byte, over tokens, FLOPs and seconds.
 
 Loss, bits per byte, gradient norm and learning rate of all runs, side by side, and where there are
 MTP layers how often their drafts are right; below, for each run with experts, how the router
@@ -8,6 +12,7 @@ spreads the tokens: every expert's share over the ideal at each evaluation, laye
 other.
 """
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,9 +21,11 @@ import numpy as np
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402  # after the choice of its backend
+from matplotlib.ticker import NullFormatter  # noqa: E402
 
 TITLES = ('loss, nats per token', 'validation, bits per byte', 'gradient norm', 'learning rate',
           'drafts that are right')
+SCALES = {'tokens': 'tokens', 'flops': 'FLOPs', 'seconds': 'seconds of training'}
 
 
 def read(run):
@@ -47,19 +54,22 @@ def read_all(names):
     return runs
 
 
-def tokens_of_step(entries):
-    """-> tokens of one step, by the first entry that has them; 1 where none does"""
+def each_step(entries, x):
+    """-> tokens, FLOPs or seconds of one step; 1 where x is step, or the run does not say"""
+    if x == 'seconds':
+        times = [entry['step_ms'] for entry in entries if 'step_ms' in entry]
+        if times:
+            return statistics.median(times) / 1e3
     for entry in entries:
-        if 'tokens' in entry:
-            return entry['tokens'] // entry['step']
+        if x in entry and x != 'step':
+            return entry[x] / entry['step']
     return 1
 
 
-def tokens_for_steps(entries):
-    """Writes tokens in the place of steps"""
-    each = tokens_of_step(entries)
-    for entry in entries:
-        entry['step'] *= each
+def over(entries, x):
+    """-> the same entries with x in the place of steps"""
+    each = each_step(entries, x)
+    return [{**entry, 'step': entry['step'] * each} for entry in entries]
 
 
 def points(entries, key):
@@ -147,21 +157,52 @@ def plot(runs, x, out):
     figure.savefig(out, dpi=100)
 
 
+def plot_ladder(runs, title, out):
+    """Validation bits per byte of all runs over each of SCALES. Runs whose names differ only behind
+    a dash, as moe-1 and moe-2, have one colour"""
+    figure, axes = plt.subplots(1, len(SCALES), figsize=(15, 5), sharey=True, layout='constrained')
+    kinds = list(dict.fromkeys(kind_of(name) for name in runs))
+    for axis, (x, label) in zip(axes, SCALES.items()):
+        for name, entries in runs.items():
+            kind = kind_of(name)
+            plot_curve(axis, over(entries, x), 'val_bpb', color=f'C{kinds.index(kind) % 10}',
+                       marker='o', ms=3)
+        axis.set(xlabel=label, xscale='log')
+        axis.xaxis.set_minor_formatter(NullFormatter())     # its labels would overlap
+        axis.grid(alpha=0.3, which='both')
+    for i, kind in enumerate(kinds):
+        axes[0].plot([], [], color=f'C{i % 10}', label=kind)
+    axes[0].legend()
+    axes[0].set_ylabel('validation, bits per byte')
+    figure.suptitle(title)
+    figure.savefig(out, dpi=100)
+
+
+def kind_of(name):
+    return name.rpartition('-')[0] or name
+
+
 def main(args):
     out = 'plot.png'
+    x = 'step'
+    title = ''
     names = []
     for arg in args:
         if arg.startswith('--out='):
             out = arg.removeprefix('--out=')
+        elif arg.startswith('--title='):
+            title = arg.removeprefix('--title=')
+        elif arg.startswith('--x='):
+            x = arg.removeprefix('--x=')
+            if x not in ('step', *SCALES):
+                sys.exit(f'plot.py: --x={x}: step, {", ".join(SCALES)} are known')
         elif not arg.startswith('--'):
             names.append(arg)
     runs = read_all(names)
-    x = 'step'
-    if '--x=tokens' in args:
-        x = 'tokens'
-        for entries in runs.values():
-            tokens_for_steps(entries)
-    plot(runs, x, out)
+    if '--ladder' in args:
+        plot_ladder(runs, title, out)
+    else:
+        plot({name: over(entries, x) for name, entries in runs.items()}, x, out)
     print(f'written to {out}')
 
 

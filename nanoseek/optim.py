@@ -41,7 +41,7 @@ def rows_of_matrices(c):
 def parameter_groups(model, s):
     """-> what torch's optimizers take as groups. Matrices decay, norms do not. rows: for Muon those
     of rows_of_matrices, else the whole height; [] where AdamW is used: embedding, head, norms and
-    routers"""
+    routers. scale: of the learning rate"""
     blocks = rows_of_matrices(model.config)
     groups = {}
     for name, p in model.named_parameters():
@@ -53,9 +53,18 @@ def parameter_groups(model, s):
         decay = 0.0
         if p.dim() > 1:
             decay = s.weight_decay
-        groups.setdefault((rows, decay), []).append(p)
-    return [{'params': params, 'weight_decay': decay, 'rows': list(rows)}
-            for (rows, decay), params in groups.items()]
+        scale = 1.0
+        if kind in ('embed_tokens', 'lm_head'):
+            scale = s.embedding_lr
+        groups.setdefault((rows, decay, scale), []).append(p)
+    return [{'params': params, 'weight_decay': decay, 'rows': list(rows), 'scale': scale}
+            for (rows, decay, scale), params in groups.items()]
+
+
+def set_learning_rate(optimizer, lr):
+    """Every group's own, for a step with the learning rate lr"""
+    for group in optimizer.param_groups:
+        group['lr'] = lr * group.get('scale', 1.0)      # older checkpoints have none
 
 
 def orthogonal(x, dtype):

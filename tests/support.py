@@ -75,8 +75,7 @@ def train_here(folder, *args):
         patch.setattr(train, 'matmul_rate', lambda device, dtype: 1e11)     # seconds in float16
         try:
             with config.user_errors():
-                given, model_settings = config.load(train.Settings, Config)
-                settings = train.Settings(**given)
+                settings, model_settings = train.load_settings(train.Settings, '')
             train.main(settings, model_settings, train.OneDevice())
         except SystemExit as e:
             return e.code

@@ -1240,7 +1240,8 @@ def test_plots_of_one_run_and_of_two_are_drawn_also_where_something_went_wrong(
         assert go(tmp_path, '--max_steps=6', '--eval_interval=2', base=TINY).returncode == 0
     file = tmp_path / 'out/tiny/metrics.jsonl'
     one, two = ['out/tiny'], ['out/tiny', stopped / 'whole/out/tiny']
-    for name, runs in (('one', one), ('two', two), ('spike', one)):
+    ladder = [*two, '--ladder', '--title=two runs']
+    for name, runs in (('one', one), ('two', two), ('spike', one), ('ladder', ladder)):
         if name == 'spike':
             file.write_text(
                 file.read_text() + '{"step": 6, "event": "spike", "loss": 9.0, "z": 7.0}\n'

@@ -304,10 +304,8 @@ TOTALS = {
 
 def shape(name, **settings):
     """The model of a config file, on the meta device"""
-    given, model_settings = config.load(
-        train.Settings, Config, argv=[str(HERE / f'config/{name}.py')]
-    )
-    train.Settings(**given)
+    given = config.load(train.Settings, Config, argv=[str(HERE / f'config/{name}.py')])
+    _, model_settings = train.turn_dial(train.Settings, *given)
     with torch.device('meta'):
         return Transformer(Config(**{'vocab_size': 65, **model_settings}))
 
@@ -400,6 +398,7 @@ def test_metrics_and_log_hold_what_was_promised(home):
     keys = {
         'step',
         'tokens',
+        'flops',
         'elapsed_s',
         'loss',
         'lr',
