@@ -89,8 +89,9 @@ class Settings:
         for name in ('block_size', 'log_interval', 'max_bad_steps'):
             self.require(name, getattr(self, name) >= 1, 'at least 1')
         for name in ('depth', 'tokens', 'batch_size', 'global_batch_size', 'max_steps',
-                     'warmup_steps', 'eval_interval', 'eval_steps', 'sample_interval', 'checkpoint_interval',
-                     'keep_checkpoints', 'max_rollbacks', 'grad_clip', 'weight_decay'):
+                     'warmup_steps', 'eval_interval', 'eval_steps', 'sample_interval',
+                     'checkpoint_interval', 'keep_checkpoints', 'max_rollbacks', 'grad_clip',
+                     'weight_decay'):
             self.require(name, getattr(self, name) >= 0, 'at least 0')
         if self.tokens and not self.depth:
             raise ValueError(f'tokens={self.tokens}: is for runs with a depth; in others max_steps '
