@@ -677,6 +677,10 @@ def show_model(s, given):
         print(line)
     if s.depth:
         print(*dial.describe(Transformer, c, s, matmul_rate(device, dtype)), sep='\n')
+        if data is not None:
+            line = dial.repeats(s, data)
+            if line is not None:
+                print(line)
     return c, dtype, memory
 
 
@@ -709,7 +713,8 @@ def main(s, given, dist, errors=config.user_errors):
             if s.fp8:
                 to_fp8(model, s.fp8)
             companions = read_companions(s, found)
-            about = [*describe(Transformer, c, s, memory), line, prompt_line]
+            about = [*describe(Transformer, c, s, memory), line, prompt_line,
+                     dial.repeats(s, data)]
         try:
             start(s, dist, device, dtype, data, model, found, identity, companions, about)
             return

@@ -41,6 +41,16 @@ def describe(model_class, c, s, matmul_rate):
            "H100's")
 
 
+def repeats(s, data):
+    """-> a line where a run reads its text more often than helps, or None"""
+    text = data.windows('train', s.block_size) * s.block_size
+    if s.tokens <= 4 * text:
+        return None
+    return (f'{s.tokens:,} tokens are {s.tokens / text:.0f} times the training split, and a text '
+            'that is read more than 4 times teaches little more (arXiv 2305.16264): '
+            f'--tokens={4 * text} or a smaller depth stays within that')
+
+
 def hours(seconds_of_matmuls):
     seconds = seconds_of_matmuls / 0.4
     if seconds < 100:

@@ -144,5 +144,12 @@ def test_a_run_of_the_dial_is_trained_shown_and_goes_on(tmp_path):
         assert settings[name] == getattr(s, name), name
     for name in ('hidden_size', 'kv_lora_rank', 'moe_intermediate_size'):
         assert settings[name] == getattr(c, name), name
+    assert 'times the training split' not in first.stdout
     again = subprocess.run(go, cwd=tmp_path, capture_output=True, text=True)
     assert 'is complete' in again.stdout
+    go[-1] = '--max_steps=0'
+    often = subprocess.run(go, cwd=tmp_path, capture_output=True, text=True)
+    count = json.loads((tmp_path / 'data/abc/meta.json').read_text())['splits']['train']['tokens']
+    times, allowed = re.search(r'tokens are (\d+) times .*--tokens=(\d+)', often.stdout).groups()
+    assert int(times) == pytest.approx(turn(1, vocab_size=9)[0].tokens / count, rel=0.05)
+    assert int(allowed) <= 4 * count
