@@ -1128,7 +1128,11 @@ def test_smollm2_goes_through_files_unchanged(tmp_path):
 
 MEMORY = """import sys, torch
 from model import Transformer
-status = lambda key: next(int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith(key))
+status = lambda key: next(
+    int(line.split()[1]) * 1024
+    for line in open('/proc/self/status')
+    if line.startswith(key)
+)
 before = status('VmRSS')
 model = Transformer.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 print((status('VmHWM') - before) / sum(p.nbytes for p in model.parameters()))"""

@@ -677,10 +677,10 @@ def show_model(s, given):
         print(line)
     if s.depth:
         print(*dial.describe(Transformer, c, s, matmul_rate(device, dtype)), sep='\n')
-        if data is not None:
-            line = dial.repeats(s, data)
-            if line is not None:
-                print(line)
+    if s.depth and data is not None:
+        line = dial.repeats(s, data)
+        if line is not None:
+            print(line)
     return c, dtype, memory
 
 
@@ -699,6 +699,7 @@ def main(s, given, dist, errors=config.user_errors):
             if dist.rank == 0:
                 held.enter_context(files.lock(s.out_dir))
             identity = {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
+                        'embedding_lr': s.embedding_lr,
                         'batch': sequences_per_step(s, dist), 'data': data.fingerprint()}
             find = partial(checkpoint.find, s.resume, s.out_dir, identity, warn)
             found = dist.first(find)

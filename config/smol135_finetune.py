@@ -1,7 +1,8 @@
 # SmolLM2-135M fine-tuned on Shakespeare: 134,515,008 parameters. The architecture comes with the
 # weights.
 # The tokens must be those of its tokenizer:
-#   python prepare.py shakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M --out_dir=data/shakespeare-smollm2
+#   python prepare.py shakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M \
+#       --out_dir=data/shakespeare-smollm2
 # Both commands take a local folder in the place of the Hub id: --tokenizer=DIR, --init_from=DIR.
 # Needs about 4 GB.
 init_from = 'HuggingFaceTB/SmolLM2-135M'

@@ -1,8 +1,10 @@
 # SmolLM2-135M made into config/smol135.py's architecture by convert.py, trained on: 256,000
 # tokens.
-#   python prepare.py tinyshakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M --out_dir=data/tinyshakespeare-smollm2
-#   python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-upcycled --attention=mla --kv_lora_rank=128 \
-#       --n_routed_experts=3 --n_shared_experts=1 --calibration=data/tinyshakespeare-smollm2
+#   python prepare.py tinyshakespeare --tokenizer=HuggingFaceTB/SmolLM2-135M \
+#       --out_dir=data/tinyshakespeare-smollm2
+#   python convert.py HuggingFaceTB/SmolLM2-135M out/smol135-upcycled --attention=mla \
+#       --kv_lora_rank=128 --n_routed_experts=3 --n_shared_experts=1 \
+#       --calibration=data/tinyshakespeare-smollm2
 #   python train.py config/smol135_heal.py
 # The architecture comes with the weights. Local folders do in the place of the Hub id.
 # Needs about 8 GB.

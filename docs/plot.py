@@ -61,7 +61,7 @@ def each_step(entries, x):
         if times:
             return statistics.median(times) / 1e3
     for entry in entries:
-        if x in entry and x != 'step':
+        if x != 'step' and x in entry:
             return entry[x] / entry['step']
     return 1
 

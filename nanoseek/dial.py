@@ -7,6 +7,7 @@ import torch
 from nanoseek.estimate import flops_per_token
 
 TOKENS_PER_WEIGHT = 20      # of a run: for each weight that a token is multiplied with
+FREE = ('tokens', 'global_batch_size')      # 0 says of these no more than that none was given
 H100 = 989e12               # FLOP/s of its bfloat16 matmuls, dense, by NVIDIA's data sheet
 
 
@@ -22,7 +23,8 @@ def turn(settings, model, vocab_size, model_class, config_class):
     model = {**shape(depth, model), **model}
     c = config_class(**{'vocab_size': vocab_size, **model})
     weights = weights_of_a_token(model_class, c)
-    settings = {**training(settings, c, weights), **settings}
+    given = {name: value for name, value in settings.items() if value != 0 or name not in FREE}
+    settings = {**training(given, c, weights), **given}
     return settings, {'max_position_embeddings': settings['block_size'], **model}
 
 
@@ -86,11 +88,12 @@ def shape(depth, given):
             'v_head_dim': head,
         })
     if given.get('n_routed_experts') != 0:
+        dense = math.ceil(width / 24) * 64      # the width of a SwiGLU, as Config has it
         found.update({
             'n_shared_experts': 1,
             'n_routed_experts': 8,
             'num_experts_per_tok': 2,
-            'moe_intermediate_size': multiple_of(16, math.ceil(width / 24) * 64 / 3),   # of dense
+            'moe_intermediate_size': multiple_of(16, dense / 3),
             'bias_update_speed': 1e-2,
         })
     return found
@@ -105,13 +108,16 @@ def weights_of_a_token(model_class, c):
 
 def training(given, c, weights):
     """-> {setting: value} of a run of the model c. given: settings that stay"""
-    tokens = given.get('tokens') or TOKENS_PER_WEIGHT * weights
+    tokens = given.get('tokens', round(TOKENS_PER_WEIGHT * weights))
     block = given.get('block_size', max(256, nearest_power_of_2(64 * given['depth'])))
-    batch = given.get('global_batch_size') or sequences(tokens, block)
+    batch = given.get('global_batch_size', sequences(tokens, block))
     steps = max(round(tokens / (batch * block)), 1)
+    if given.get('max_steps'):
+        steps = given['max_steps']
+        tokens = steps * batch * block
     return {
         'out_dir': f'out/depth-{given["depth"]}',
-        'tokens': round(tokens),
+        'tokens': tokens,
         'optimizer': 'muon',
         'learning_rate': learning_rate(c.hidden_size),
         'embedding_lr': 3.0,
@@ -123,8 +129,8 @@ def training(given, c, weights):
         'global_batch_size': batch,
         'batch_size': 0,        # as many of these at a time as fit
         'max_steps': steps,
-        'eval_interval': max(steps // 10, 1),
-        'checkpoint_interval': max(steps // 5, 1),
+        'eval_interval': math.ceil(steps / 10),
+        'checkpoint_interval': math.ceil(steps / 5),
     }
 
 

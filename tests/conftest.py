@@ -12,7 +12,8 @@ def disk(tmp_path):
 
     def disk(size):
         options = f'{"remount," * bool(mounted)}size={size}'
-        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', path], capture_output=True, text=True)
+        done = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', path],
+                              capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f'needs to mount a tmpfs: {done.stderr.strip()}')
         mounted.append(1)

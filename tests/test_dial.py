@@ -88,6 +88,8 @@ def test_what_was_given_stays_and_the_rest_follows_from_it():
     _, wide = turn(8)                               # whose width it is
     assert c.num_attention_heads == wide.num_attention_heads
     assert c.kv_lora_rank == wide.kv_lora_rank
+    assert s.tokens == 7 * s.global_batch_size * s.block_size
+    assert turn(4, tokens=0, global_batch_size=0) == turn(4)
     twice, _ = turn(2, tokens=turn(2)[0].tokens * 2)
     assert twice.max_steps > 1.2 * turn(2)[0].max_steps
 

@@ -890,6 +890,7 @@ MISTAKES = {
     'other block': (nothing, '--block_size=16', WITH.format('block_size', 32, 16)),
     'other batch': (nothing, '--batch_size=8', WITH.format('batch', 4, 8)),
     'other global batch': (nothing, '--global_batch_size=8', WITH.format('batch', 4, 8)),
+    'other embedding rate': (nothing, '--embedding_lr=3', WITH.format('embedding_lr', 1.0, 3.0)),
     'other optimizer': (nothing, '--optimizer=muon', WITH.format('optimizer', 'adamw', 'muon')),
     'other data': (renamed, '', WITH.format('data', r'small [0-9a-f]{8}', r'other [0-9a-f]{8}')),
     'other depth': (nothing, '--num_hidden_layers=3', WITH.format('num_hidden_layers', 2, 3)),
@@ -1150,7 +1151,8 @@ def test_out_of_memory_is_one_line_with_settings_that_do_fit(tmp_path, data):
         out, errors = p.communicate(timeout=120)
     assert p.returncode == 2 and errors.count('\n') == 1 and not names(tmp_path), errors
     found = re.fullmatch(
-        r'train\.py: out of memory: 16000 x 32 tokens need about ([\d,]+) MB of the 2,048 MB that cpu has; less: '
+        r'train\.py: out of memory: 16000 x 32 tokens need about ([\d,]+) MB of the 2,048 MB '
+        r'that cpu has; less: '
         r'(--batch_size=\d+ --global_batch_size=16000) \(([\d,]+) MB\), '
         r'--block_size=\d+ \([\d,]+ MB\), --gradient_checkpointing=true \(([\d,]+) MB\)\n',
         errors,

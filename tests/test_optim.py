@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model import Config, Transformer
-from nanoseek.optim import learning_rate_at, make_optimizer, orthogonal
+from nanoseek.optim import learning_rate_at, make_optimizer, orthogonal, set_learning_rate
 from train import Settings
 
 
@@ -193,3 +193,28 @@ def test_muon_leaves_an_idle_expert_where_it_is():
     for p, old in zip((experts.gate_up_proj, experts.down_proj), before):
         moved = (p != old).flatten(1).any(1).tolist()
         assert moved == [True, True, False, True]
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+@pytest.mark.parametrize('tied', [True, False])
+def test_embedding_and_head_move_so_many_times_as_far_and_nothing_else_does(kind, tied):
+    def steps(embedding_lr):
+        torch.manual_seed(0)
+        model = Transformer(Config(vocab_size=9, hidden_size=16, num_hidden_layers=1,
+                                   tie_word_embeddings=tied)).train()
+        s = Settings(optimizer=kind, weight_decay=0.0, embedding_lr=embedding_lr)
+        optimizer = make_optimizer(s, model, torch.float32)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        idx = torch.arange(8).view(1, 8)
+        model(idx, idx)[1].backward()
+        set_learning_rate(optimizer, 1e-3)
+        optimizer.step()
+        return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+    one, three = steps(1.0), steps(3.0)
+    for name in one:
+        times = 1.0
+        if 'embed_tokens' in name or 'lm_head' in name:
+            times = 3.0
+            assert one[name].abs().max() > 0
+        torch.testing.assert_close(three[name], times * one[name], atol=1e-6, rtol=1e-3)
