@@ -4,7 +4,9 @@
     python docs/plot.py out/a [out/b ...] --ladder [--title=TEXT]
 
 --x is step, tokens, flops or seconds (those of its steps: a run's median step, times their number).
---ladder draws only what was learned, in bits per byte, over tokens, FLOPs and seconds.
+--ladder draws only where runs ended, in bits per byte, over tokens, FLOPs and seconds. Runs called
+KIND-SIZE-LENGTH, such as mla-moe-2-10M, are joined by a line for each size, in a colour for each
+kind.
 
 Loss, bits per byte, gradient norm and learning rate of all runs, side by side, and where there are
 MTP layers how often their drafts are right; below, for each run with experts, how the router
@@ -158,28 +160,43 @@ def plot(runs, x, out):
 
 
 def plot_ladder(runs, title, out):
-    """Validation bits per byte of all runs over each of SCALES. Runs whose names differ only behind
-    a dash, as moe-1 and moe-2, have one colour"""
+    """How runs of many lengths and sizes end: validation bits per byte over each of SCALES. Names
+    have three parts between dashes at least, as in mla-moe-2-10M: runs that differ in the last one
+    only are joined by a line, and lines that differ in the one before it have one colour"""
     figure, axes = plt.subplots(1, len(SCALES), figsize=(15, 5), sharey=True, layout='constrained')
-    kinds = list(dict.fromkeys(kind_of(name) for name in runs))
+    lines = {}
+    for name, entries in runs.items():
+        if not points(entries, 'val_bpb')[1]:
+            sys.exit(f'plot.py: {name} has no evaluation')
+        line, _, _ = name.rpartition('-')
+        lines.setdefault(line, []).append(entries)
+    kinds = list(dict.fromkeys(kind_of(line) for line in lines))
     for axis, (x, label) in zip(axes, SCALES.items()):
-        for name, entries in runs.items():
-            kind = kind_of(name)
-            plot_curve(axis, over(entries, x), 'val_bpb', color=f'C{kinds.index(kind) % 10}',
-                       marker='o', ms=3)
+        for line, members in lines.items():
+            color = f'C{kinds.index(kind_of(line)) % 10}'
+            ends = sorted(end(entries, x) for entries in members)
+            axis.plot(*zip(*ends), color=color, marker='o', ms=4)
+            axis.annotate(line.rpartition('-')[2], ends[0], (0, 6), textcoords='offset points',
+                          color=color, ha='center')
         axis.set(xlabel=label, xscale='log')
         axis.xaxis.set_minor_formatter(NullFormatter())     # its labels would overlap
         axis.grid(alpha=0.3, which='both')
     for i, kind in enumerate(kinds):
-        axes[0].plot([], [], color=f'C{i % 10}', label=kind)
+        axes[0].plot([], [], color=f'C{i % 10}', marker='o', ms=4, label=kind)
     axes[0].legend()
     axes[0].set_ylabel('validation, bits per byte')
     figure.suptitle(title)
     figure.savefig(out, dpi=100)
 
 
-def kind_of(name):
-    return name.rpartition('-')[0] or name
+def end(entries, x):
+    """-> where on the scale x a run ended, and with how many bits per byte"""
+    steps, values = points(over(entries, x), 'val_bpb')
+    return steps[-1], values[-1]
+
+
+def kind_of(line):
+    return line.rpartition('-')[0] or line
 
 
 def main(args):
