@@ -91,7 +91,7 @@ def shape(depth, given):
         dense = math.ceil(width / 24) * 64      # the width of a SwiGLU, as Config has it
         found.update({
             'n_shared_experts': 1,
-            'n_routed_experts': 8,
+            'n_routed_experts': 16,
             'num_experts_per_tok': 2,
             'moe_intermediate_size': multiple_of(16, dense / 3),
             'bias_update_speed': 1e-2,

@@ -81,10 +81,10 @@ def test_the_learning_rate_is_near_the_best_of_the_sweeps_in_the_docs(depth, bes
 
 
 def test_what_was_given_stays_and_the_rest_follows_from_it():
-    s, c = turn(4, {'hidden_size': 512, 'n_routed_experts': 16}, learning_rate=1e-4, max_steps=7,
+    s, c = turn(4, {'hidden_size': 512, 'n_routed_experts': 24}, learning_rate=1e-4, max_steps=7,
                 out_dir='out/mine')
     assert (s.learning_rate, s.max_steps, s.out_dir) == (1e-4, 7, 'out/mine')
-    assert (c.num_hidden_layers, c.hidden_size, c.n_routed_experts) == (4, 512, 16)
+    assert (c.num_hidden_layers, c.hidden_size, c.n_routed_experts) == (4, 512, 24)
     _, wide = turn(8)                               # whose width it is
     assert c.num_attention_heads == wide.num_attention_heads
     assert c.kv_lora_rank == wide.kv_lora_rank
