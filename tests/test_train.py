@@ -342,7 +342,7 @@ def test_the_counts_are_the_known_ones():
     assert biases == [4] * 4
     names = 'v3_tiny', 'v3_mini', 'shakespeare'
     tiny, mini, shakespeare = (parameter_table(shape(name))['total'] / 1e9 for name in names)
-    assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.005
+    assert round(tiny, 2) == 0.14 and round(mini, 2) == 5.69 and shakespeare < 0.006
 
 
 @pytest.mark.slow
