@@ -33,7 +33,7 @@ initializer_range = 0.02
 batch_size = 0                          # as many as fit
 block_size = 2048
 global_batch_size = 32                  # sequences of a step, over all devices
-# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 3.7e-3 for this
+# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 3.2e-3 for this
 # width; a longer run wants less
 optimizer = 'muon'
 learning_rate = 2e-3

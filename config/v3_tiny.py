@@ -33,7 +33,7 @@ max_position_embeddings = 4096
 batch_size = 0                          # as many as fit
 block_size = 1024
 global_batch_size = 64
-# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 3e-3 for this
+# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 2.6e-3 for this
 # width; a longer run wants less
 optimizer = 'muon'
 learning_rate = 2e-3

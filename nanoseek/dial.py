@@ -136,7 +136,7 @@ def training(given, c, weights):
 
 def learning_rate(width):
     """Muon's peak, by the width of the model"""
-    return 1.15e-2 * (128 / width) ** 0.75
+    return 1e-2 * (128 / width) ** 0.75
 
 
 def sequences(tokens, block):
