@@ -20,7 +20,8 @@ block_size = 128
 max_steps = 600
 # 1.907 where AdamW with 4e-3 has 1.965, after 11 s with 4 layers of 128
 optimizer = 'muon'
-learning_rate = 6e-3
+learning_rate = 5e-3
+embedding_lr = 3.0
 schedule = 'wsd'
 decay_frac = 1.0                        # linear to 0 from the start
 min_lr_frac = 0.0
