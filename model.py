@@ -522,7 +522,7 @@ class Experts(nn.Module):
         hidden = ops.grouped_linear(rows, self.gate_up_proj.to(dtype), by_expert.ends)
         gate, up = hidden.chunk(2, -1)                                            # (M, I) each
         weights = by_expert.gather_weights(weights).to(dtype)                          # (M, 1)
-        gate = gate.contiguous()        # a CPU's silu takes three times as long on every other half
+        gate = gate.contiguous()        # a CPU's silu takes three times as long on halves of rows
         rows = F.silu(gate) * (up * weights)               # weighted while they are narrow
         rows = ops.grouped_linear(rows, self.down_proj.to(dtype), by_expert.ends)      # (M, D)
         return by_expert.combine(rows), by_expert.load

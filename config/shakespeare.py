@@ -28,7 +28,7 @@ bias_update_speed = 1e-2
 batch_size = 8
 block_size = 256
 max_steps = 750
-# ends 0.10 nats below AdamW with 2e-3; a step takes 1.14 times as long
+# with 8 experts it ended 0.10 nats below AdamW with 2e-3, and a step took 1.14 times as long
 optimizer = 'muon'
 learning_rate = 5e-3
 embedding_lr = 3.0
