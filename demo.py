@@ -1,250 +1,183 @@
 """A page in your browser that shows a model at work. Needs `pip install gradio`.
 
     python demo.py                                          # the newest checkpoint under out/
-    python demo.py --checkpoint=HuggingFaceTB/SmolLM2-135M
-    python demo.py --compare=out/shakespeare/step-000250    # beside it, on the same prompt
-    python demo.py --space=my-space     # a folder to upload as a Hugging Face Space
+    python demo.py --checkpoint=HuggingFaceTB/SmolLM2-135M  # or whatever else sample.py loads
 
-It takes whatever sample.py takes. Only this machine sees the page, unless --host says more.
+Dims: T tokens, E experts of a layer, K experts per token, V vocabulary, P different pieces of text
 """
 import os
 import time
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from pathlib import Path
+from bisect import bisect
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-os.environ.setdefault('GOMP_SPINCOUNT', '10000')        # as in sample.py
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
 
-import config  # noqa: E402
-import sample  # noqa: E402
-from model import ATTENTION  # noqa: E402
-from nanoseek import checkpoint  # noqa: E402
-from nanoseek.estimate import architecture, cache_line  # noqa: E402
-from nanoseek.insight import (LIKELY, distinct, favourites, in_a_line, likely_name, look_at,
-                              visible, write)  # noqa: E402
-from nanoseek.space import write_space  # noqa: E402
-from nanoseek.speculate import Drafts  # noqa: E402
-from nanoseek.tokenizer import decode, encode  # noqa: E402
+import numpy as np
+import torch
 
-COLOURS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#999999', '#ee8866')
+import sample
+from nanoseek import hf, settings
+from nanoseek.cost import architecture, cache_line
+from nanoseek.generate import Drafts, Sampling, stream
+from nanoseek.tokenizer import decode
+
+BOUNDS = (0.01, 0.05, 0.2, 0.5)         # of the probabilities that LIKELY names
+LIKELY = {'below 1%': '#e0694a', '1 to 5%': '#f6c27a', '5 to 20%': '#cfe1ec',
+          '20 to 50%': '#7fb6dc', 'above 50%': '#2f7ebc'}
 CSS = '.token, .token-container {margin: 0 !important; padding: 0 1px !important}'
-ORIGINS = {True: 'an accepted draft', False: 'the model itself'}
-INTRO = """# nanoseek at work
-Write: the text goes on from the prompt. Click one of its tokens to see what else was likely in its
-place. Change the text, and go on from there."""
+LEGEND = {'show_legend': True, 'show_inline_category': False}
 
 
 @dataclass
 class Settings:
     """Settings of demo.py"""
     checkpoint: str = ''            # a model's folder or Hub id; if empty the newest one under out/
-    compare: str = ''               # another one, which is shown beside it
-    prompt: str = 'Before we proceed'   # what the page begins with
+    prompt: str = 'Before we proceed'  # the prompt that the page begins with
     host: str = '127.0.0.1'         # who sees the page: this machine; 0.0.0.0: the network
     port: int | None = None         # of the page; none: the first free one from 7860 on
-    space: str = ''                 # no page, but a folder that is a Hugging Face Space
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
 
 
-@dataclass
-class Visit:
-    """What a visitor sees of a model"""
-    name: str = ''                  # of the checkpoint that wrote the text
-    stopped: bool = False
-    pieces: list = field(default_factory=list)      # the text of each token
-    insight: object = None          # insight.Insight of these tokens
+@torch.no_grad()
+def look_at(model, tokenizer, ids):
+    """Return the probabilities of all tokens but the first; the likeliest tokens in each place,
+    [(piece, probability), ...]; and each layer's experts (T, K), largest weight first."""
+    idx = torch.tensor([ids], device=model.head.device)                         # (1, T)
+    routing = []
+    with ExitStack() as hooks:
+        for moe in model.moe_layers:
+            hooks.enter_context(moe.gate.register_forward_hook(
+                lambda gate, inputs, output: routing.append(output)))
+        h, _ = model.hidden(idx)                                                # (1, T, D)
+    probabilities = []
+    likeliest = [[]]
+    for states, tokens in zip(h[0, :-1].split(256), idx[0, 1:, None].split(256)):
+        p = (states @ model.head.T).float().softmax(-1)                         # (256, V)
+        probabilities += p.gather(1, tokens)[:, 0].tolist()
+        best = p.topk(5)
+        for likely, shares in zip(best.indices.tolist(), best.values.tolist()):
+            likeliest.append([(piece_of(tokenizer, i), p) for i, p in zip(likely, shares)])
+    experts = [chosen.gather(1, weights.argsort(-1, descending=True)).cpu().numpy()
+               for weights, chosen, _ in routing]
+    return probabilities, likeliest, experts
 
 
-@lru_cache(maxsize=4)
-def load(name, device, dtype):
-    """-> the folder of a model, the model, its tokenizer"""
-    folder = sample.find_checkpoint(name)
-    return folder, *sample.load(folder, Settings(device=device, dtype=dtype))
+def piece_of(tokenizer, token):
+    """Return the text of a token, with signs for line ends and for parts of characters."""
+    piece = decode(tokenizer, [token]).replace('\n', '⏎\n')
+    return f'({token})' if '\ufffd' in piece or not piece else piece
 
 
-# -------------------------------------------------------------------------------- writing
+def table_of_experts(pieces, experts, E):
+    """Return a row per expert of a layer, experts (T, K): its number, its load over an equal share,
+    and up to six of the T pieces that go to it more often than to others."""
+    names, places = np.unique(pieces, return_inverse=True)                      # (P,), (T,)
+    times = np.zeros((len(names), E))
+    np.add.at(times, (places[:, None], experts), 1)
+    excess = times - times.mean(1, keepdims=True)                               # (P, E)
+    rows = []
+    for e in range(E):
+        best = (-excess[:, e]).argsort(kind='stable')[:6]
+        favorites = [names[i].replace(' ', '␣') for i in best if excess[i, e] > 0]
+        rows.append([e, f'{times[:, e].sum() / times.sum() * E:.2f}', '  '.join(favorites)])
+    return rows
 
 
-def generate(s, text, name, visit, length, temperature, top_k, seed):
-    """Yields what a panel shows: the text, a line about it, the visit, and the tokens by their
-    probability and by their origin"""
-    visit.stopped = False
-    visit.insight = None
-    yield text, 'reading the prompt', visit, [], []
+def write(loaded, prompt, length, temperature, top_k, seed):
+    """Yield the text so far, a line about it, its tokens by probability, and (pieces, likeliest,
+    experts). loaded: a model's folder, the model, its tokenizer."""
+    folder, model, tokenizer = loaded
     try:
-        yield from written(s, text, name, visit, length, temperature, top_k, seed)
-    except (ValueError, OSError, RuntimeError) as e:
-        problem = sample.in_words(e)
-        if problem is None:
-            problem = e
-        yield text, f'**{problem}**', visit, [], []
-
-
-def written(s, text, name, visit, length, temperature, top_k, seed):
-    if None in (length, temperature, top_k, seed):
-        raise ValueError('length, temperature, top k and seed must be numbers')
-    folder, model, tokenizer = load(name, s.device, s.dtype)
-    ids = encode(tokenizer, text)
-    note = ''
-    limit = model.config.max_position_embeddings - 1
-    if len(ids) > limit:
-        note = f'; of {len(ids):,} tokens it read the last {limit:,}, which are its context'
-    prompt = ids[-limit:]
-    sample.check_prompt(prompt, folder, model.config)
-    stop = sample.stop_ids(sample.Settings(), folder, model, tokenizer)
+        ids = sample.encode_prompt(tokenizer, prompt, model.config)
+    except ValueError as e:
+        yield prompt, f'**{e}**', [], None
+        return
+    stops = hf.stop_ids(folder, model.config)
+    idx = torch.tensor([ids], device=model.head.device)                         # (1, T)
     drafts = Drafts()
-    origins = [None] * len(ids)
-    began = time.perf_counter()
-    shown = began
-    if top_k == 0:
-        top_k = None
-    for token, was_drafted in write(model, prompt, length, temperature, top_k, seed, drafts):
-        if visit.stopped or token in stop:
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    for token in stream(model, idx, length, Sampling(temperature, top_k or None), drafts):
+        if token.item() in stops:
             break
-        ids.append(token)
-        origins.append(ORIGINS[was_drafted])
-        if time.perf_counter() - shown > 0.1:
-            yield decode(tokenizer, ids), 'writing', visit, [], []
-            shown = time.perf_counter()
-    count = len(origins) - origins.count(None)
-    speed = count / (time.perf_counter() - began)
-    line = f'{count} tokens, {speed:.0f} a second'
-    if drafts.made > 0:
+        ids.append(token.item())
+        if len(ids) % 8 == 0:
+            yield decode(tokenizer, ids), 'writing', [], None
+    count = len(ids) - idx.shape[1]
+    line = (f'{count} tokens, {count / (time.perf_counter() - start):.0f} a second; '
+            f'{cache_line(model.config, model.head.dtype)}')
+    if model.can_draft:
         line += f'; {drafts.accepted} of {drafts.made} drafts accepted'
-    line += f'; {cache_line(ATTENTION, model.config, model.head.dtype)}{note}'
-
-    read = ids[-limit - 1:]
-    visit.name = name
-    visit.pieces = [decode(tokenizer, [token]) for token in read]
-    visit.insight = look_at(model, read)
-    pieces = [visible(piece) for piece in visit.pieces]
-    likely = [likely_name(p) for p in visit.insight.probability]
-    yield (decode(tokenizer, ids), line, visit, list(zip(pieces, likely)),
-           list(zip(pieces, origins[-limit - 1:])))
+    context = ids[-model.config.max_position_embeddings:]
+    pieces = [piece_of(tokenizer, i) for i in context]
+    probabilities, likeliest, experts = look_at(model, tokenizer, context)
+    likely = [None] + [list(LIKELY)[bisect(BOUNDS, p)] for p in probabilities]
+    yield decode(tokenizer, ids), line, list(zip(pieces, likely)), (pieces, likeliest, experts)
 
 
-def end(visit):
-    visit.stopped = True
-
-
-# ------------------------------------------------------------------------------- the page
-
-
-def build(s, gr):
-    with gr.Blocks(title='nanoseek', analytics_enabled=False) as page:
-        gr.Markdown(INTRO)
+def build(gr, loaded, prompt):
+    """Return the page. gr: the module gradio. prompt: the one that the page begins with."""
+    model = loaded[1]
+    with gr.Blocks(title='nanoseek') as page:
+        gr.Markdown('# nanoseek at work\nClick a token to see what else was likely in its place.')
+        prompt = gr.Textbox(prompt, label='Prompt', lines=3)
         with gr.Row():
-            prompt = gr.Textbox(s.prompt, label='Prompt', lines=3, scale=3, elem_id='prompt')
-            with gr.Column(scale=1, min_width=240):
-                start = gr.Button('Write', variant='primary', elem_id='write')
-                with gr.Row():
-                    go_on = gr.Button('Go on', min_width=80, elem_id='go-on')
-                    stop = gr.Button('Stop', min_width=80, elem_id='stop')
-        with gr.Row():
-            settings = [
-                gr.Slider(1, 1000, 200, step=1, label='Length', info='tokens', min_width=150),
-                gr.Slider(0, 2, 0.8, step=0.05, label='Temperature', info='0: the likeliest',
-                          min_width=150),
-                gr.Slider(0, 200, 50, step=1, label='Top k', info='0: all', min_width=150),
-                gr.Number(1337, label='Seed', precision=0, minimum=0, min_width=100),
-            ]
-        with gr.Row():
-            names = [s.checkpoint]
-            if s.compare:
-                names.append(s.compare)
-            for name, key in zip(names, 'ab'):
-                with gr.Column(min_width=330):
-                    add_panel(s, gr, name, key, prompt, settings, start, go_on, stop)
+            choices = [gr.Slider(1, 1000, 200, step=1, label='Length'),
+                       gr.Slider(0, 2, 0.8, step=0.05, label='Temperature'),
+                       gr.Slider(0, 200, 50, step=1, label='Top k, 0: all'),
+                       gr.Number(1337, label='Seed', precision=0, minimum=0)]
+            button = gr.Button('Write', variant='primary')
+        text = gr.Textbox(label='Text', info=architecture(model.config), lines=6)
+        line = gr.Markdown()
+        insight = gr.State()                    # (pieces, likeliest, experts)
+        tokens = gr.HighlightedText(label='How likely each token was', color_map=LIKELY, **LEGEND)
+        instead = gr.Label(label='Likely in its place', visible=False)
+        button.click(partial(write, loaded), [prompt, *choices],
+                     [text, line, tokens, insight], concurrency_limit=1)
+
+        def show_instead(insight, event: gr.SelectData):
+            likeliest = reversed(insight[1][event.index])
+            shares = {piece.replace(' ', '␣'): p for piece, p in likeliest}
+            return gr.Label(shares, visible=bool(shares))
+
+        tokens.select(show_instead, insight, instead)
+        if not model.moe_layers:
+            return page
+
+        E = model.config.n_routed_experts
+        layers = list(range(model.config.first_k_dense_replace, model.config.num_hidden_layers))
+        layer = gr.Radio(layers, value=layers[-1], label='Experts of layer')
+        hues = {f'expert {e}': f'hsl({137 * e} 65% 55%)' for e in range(E)}
+        first = gr.HighlightedText(label='Expert with the largest weight', color_map=hues, **LEGEND)
+        rows = gr.Dataframe(headers=['expert', 'load over the ideal', 'favorite tokens'], wrap=True)
+
+        def show_experts(insight, layer):
+            if insight is None:
+                return [], []
+            pieces, _, experts = insight
+            experts = experts[layers.index(layer)]                                  # (T, K)
+            names = [f'expert {e}' for e in experts[:, 0]]
+            return list(zip(pieces, names)), table_of_experts(pieces, experts, E)
+
+        gr.on([insight.change, layer.change], show_experts, [insight, layer], [first, rows])
     return page
 
 
-def add_panel(s, gr, name, key, prompt, settings, start, go_on, stop):
-    """A model on the page. key: a letter in the names of its elements"""
-    folder, model, _ = load(name, s.device, s.dtype)
-    others = [str(other) for other in checkpoint.checkpoints(Path(folder).parent)]
-    visit = gr.State(Visit())
-    chosen = gr.Dropdown(sorted({str(folder), *others}), value=str(folder), label='Checkpoint',
-                         info=architecture(model.config), elem_id=f'checkpoint-{key}')
-    text = gr.Textbox('', label='Text', lines=6, max_lines=14, elem_id=f'text-{key}')
-    said = gr.Markdown('', elem_id=f'said-{key}')
-    colours = {name: colour for _, name, colour in LIKELY}
-    tokens = highlighted(gr, 'How likely each token was', colours, f'tokens-{key}')
-    instead = gr.Label(label='Likely in its place', visible=False, elem_id=f'instead-{key}')
-    colours = {ORIGINS[True]: '#8fd19e', ORIGINS[False]: '#e8e8e8'}
-    drafted = highlighted(gr, 'Who wrote it', colours, f'drafted-{key}', model.can_draft)
-    writing = []
-    for button, source in ((start, prompt), (go_on, text)):
-        writing.append(button.click(partial(generate, s), [source, chosen, visit, *settings],
-                                    [text, said, visit, tokens, drafted], concurrency_limit=8))
-    stop.click(end, visit)
-
-    def show_instead(visit, event: gr.SelectData):
-        _, _, tokenizer = load(visit.name, s.device, s.dtype)
-        found = {}
-        for token, p in visit.insight.likeliest[event.index]:
-            found[distinct(decode(tokenizer, [token]), token, found)] = p
-        return gr.Label(found, visible=bool(found))
-
-    tokens.select(show_instead, visit, instead)
-    layers = [i for i in range(model.config.num_hidden_layers) if model.model.layers[i].is_moe]
-    if layers:
-        add_experts(gr, key, visit, layers, model.config.n_routed_experts, writing)
-
-
-def add_experts(gr, key, visit, layers, count, writing):
-    """What a panel shows of the experts. layers: the numbers of those that have any; count: of a
-    layer's experts; writing: the events behind which there is something new"""
-    layer = gr.Radio(layers, value=layers[-1], label='Experts of layer', elem_id=f'layer-{key}')
-    colours = {f'expert {e}': COLOURS[e % len(COLOURS)] for e in range(count)}
-    first = highlighted(gr, 'The expert with the largest weight', colours, f'experts-{key}')
-    table = gr.Dataframe(headers=['expert', 'load', 'favourite tokens'], wrap=True,
-                         label='Load of each expert over the ideal')
-
-    def show(visit, layer):
-        if visit.insight is None:
-            return [], []
-        number = layers.index(layer)
-        experts = visit.insight.experts[number]
-        load = visit.insight.load[number]
-        names = [f'expert {first}' for first, *_ in experts]
-        parts = list(zip(map(visible, visit.pieces), names))
-        rows = []
-        for expert, liked in enumerate(favourites(visit.pieces, experts, count)):
-            likes = '  '.join(in_a_line(piece) for piece in liked)
-            rows.append([expert, f'{load[expert] * count:.2f}', likes])
-        return parts, rows
-
-    layer.change(show, [visit, layer], [first, table])
-    for event in writing:
-        event.then(show, [visit, layer], [first, table])
-
-
-def highlighted(gr, label, colours, name, visible=True):
-    return gr.HighlightedText([], label=label, color_map=colours, show_legend=True, elem_id=name,
-                              show_inline_category=False, visible=visible)
-
-
 def main(s):
-    try:
-        import gradio as gr
-    except ImportError as e:
-        raise ValueError(f'demo.py needs gradio ({e}): pip install gradio') from e
-    folder, model, _ = load(s.checkpoint, s.device, s.dtype)    # so that mistakes end it here
-    about = architecture(model.config)
-    print(f'{folder}: {about}')
-    if s.space:
-        write_space(s.space, folder, s.checkpoint, about, gr.__version__)
-        print(f'{s.space}: upload it as a Space, or run python app.py there')
-        return
+    import gradio as gr
+    folder = sample.find_checkpoint(s.checkpoint)
+    loaded = folder, *sample.load(folder, s)
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])
-    build(s, gr).launch(server_name=s.host, server_port=s.port, theme=theme, css=CSS,
-                        footer_links=[])
+    build(gr, loaded, s.prompt).launch(server_name=s.host, server_port=s.port, theme=theme,
+                                       css=CSS, footer_links=[])
 
 
 if __name__ == '__main__':
-    with config.user_errors():
-        settings, = config.load(Settings, usage=__doc__)
-        main(Settings(**settings))
+    with settings.user_errors('use a smaller model or --dtype=bfloat16'):
+        given, = settings.load(Settings, usage=__doc__)
+        main(Settings(**given))

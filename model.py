@@ -1,5 +1,5 @@
 """The whole architecture of nanoseek: a language model in the style of DeepSeek-V3, and the
-Llama-style one that it grew out of.
+Llama-style one it grew out of.
 
 References; "eq. 12" in a comment is equation 12 of [1]
   [1] DeepSeek-V3 Technical Report, arXiv 2412.19437v2
@@ -16,11 +16,11 @@ Dims, used in every shape comment
   E  routed experts            K  experts per token         I  width of an expert
   N  tokens as rows, B*T       M  rows sorted by expert
 
-Parameters carry Hugging Face's names (Llama, Glm4Moe, DeepseekV3). Operations that need more
-than their plain form to be fast are in nanoseek/ops.py, the files' format in nanoseek/hf.py.
+Parameters have Hugging Face's names. In nanoseek/, ops.py has operations whose fast form is longer
+than their plain form, generate.py decoding, rope.py RoPE's scalings, hf.py the file format.
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,19 +28,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nanoseek import hf, ops, speculate
+from nanoseek import generate, ops, settings
+from nanoseek.rope import check_scaling, scaled, yarn_mscale
 
-
-# ---------------------------------------------------------------------------------- Config
 
 @dataclass
 class Config:
-    """The architecture, by the keys of Hugging Face's config.json. The last ones are only of
-    use in training."""
-    vocab_size: int = 0                     # V; 0: the dataset's own
+    """The architecture, with the keys of Hugging Face's config.json"""
+    vocab_size: int = 0                     # V; 0: the dataset's
     hidden_size: int = 128                  # D, width of the residual stream
     intermediate_size: int = 0              # width of a dense layer's SwiGLU; 0: 8/3 of hidden_size
-    num_hidden_layers: int = 4              # blocks, without the MTP ones
+    num_hidden_layers: int = 4              # blocks, not counting MTP layers
     num_attention_heads: int = 4            # H
     num_key_value_heads: int = 0            # G, for gqa; 0: as many as query heads
     head_dim: int = 0                       # d, for gqa and linear; 0: hidden_size / heads
@@ -54,12 +52,12 @@ class Config:
     eos_token_id: int | list | None = None  # where generation stops; the first ends a document
     attention: Literal['gqa', 'mla', 'linear'] = 'mla'  # kind of attention
     q_lora_rank: int | None = None          # MLA: rank of the queries' latent; none: no latent
-    kv_lora_rank: int = 64                  # MLA: R, rank of the latent that is cached
-    qk_nope_head_dim: int = 32              # MLA: dn, a head's dims without position
-    qk_rope_head_dim: int = 16              # MLA: dr, a head's dims with position
+    kv_lora_rank: int = 64                  # MLA: R, rank of the cached latent
+    qk_nope_head_dim: int = 32              # MLA: dn, dims of a head without position
+    qk_rope_head_dim: int = 16              # MLA: dr, dims of a head with position
     v_head_dim: int = 32                    # MLA: dv
     n_routed_experts: int = 0               # E; 0: a dense model
-    n_shared_experts: int = 0               # experts that every token passes
+    n_shared_experts: int = 0               # experts that every token passes through
     num_experts_per_tok: int = 2            # K
     moe_intermediate_size: int = 0          # I, width of one expert; 0: intermediate_size
     first_k_dense_replace: int = 0          # leading layers that stay dense
@@ -67,101 +65,41 @@ class Config:
     topk_group: int = 1                     # groups that a token may choose from
     norm_topk_prob: bool = True             # a token's weights sum to routed_scaling_factor
     routed_scaling_factor: float = 1.0      # factor on the routed experts' weights
-    num_nextn_predict_layers: int = 0       # multi-token prediction (MTP) depth
-    bias_update_speed: float = 1e-3         # gamma of loss-free balancing, a bias's step
+    num_nextn_predict_layers: int = 0       # depth of multi-token prediction (MTP)
+    # in training only
+    bias_update_speed: float = 1e-3         # gamma of loss-free balancing: how far a bias moves
     seq_aux_loss_weight: float = 1e-4       # alpha of the sequence-wise balance loss
     mtp_loss_weight: float = 0.3            # lambda of the MTP loss
     dropout: float = 0.0                    # on what attention and MLP add to the residual
 
     def __post_init__(self):
-        self.check_counts()
-        self.fill_in()
-        self.check_attention()
-        if self.n_routed_experts:
-            self.check_experts()
-
-    def fill_in(self):
-        """Replaces the zeros that mean "what follows from the rest"."""
+        """Derive what is 0, then refuse what cannot be built."""
         if not self.head_dim:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-            divides = self.hidden_size % self.num_attention_heads == 0
-            if self.attention != 'mla' and not divides:
-                self.refuse('num_attention_heads', f'must divide hidden_size={self.hidden_size}')
+            heads = max(self.num_attention_heads, 1)
+            self.head_dim = self.hidden_size // heads
+            settings.require(self, 'num_attention_heads', self.hidden_size % heads == 0
+                             or self.attention == 'mla', f'a divisor of {self.hidden_size}')
         if not self.num_key_value_heads:
             self.num_key_value_heads = self.num_attention_heads
         if not self.intermediate_size:
             self.intermediate_size = math.ceil(self.hidden_size / 24) * 64
         if not self.moe_intermediate_size:
             self.moe_intermediate_size = self.intermediate_size
-
-    def check_counts(self):
-        for field in fields(self):
-            if field.type is int:
-                least = min(field.default, 1)
-                if getattr(self, field.name) < least:
-                    self.refuse(field.name, f'must be at least {least}')
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            self.refuse('q_lora_rank', 'must be at least 1, or none')
-
-    def check_attention(self):
-        heads = self.num_attention_heads
-        if self.attention != 'mla' and heads % self.num_key_value_heads:
-            self.refuse('num_key_value_heads', f'must divide {heads} query heads')
-        rotated = 'head_dim'
-        if self.attention == 'mla':
-            rotated = 'qk_rope_head_dim'
-        if getattr(self, rotated) % 2:
-            self.refuse(rotated, 'must be even, because RoPE turns pairs')
-        if self.rope_scaling:
-            self.check_rope_scaling()
-
-    def check_rope_scaling(self):
-        settings = self.rope_scaling
-        kind = settings.get('rope_type')
-        if kind not in ROPE_SCALING:
-            known = ', '.join(ROPE_SCALING)
-            raise ValueError(f'rope_scaling with rope_type={kind!r}: RoPE of this kind is not '
-                             f'supported; default, {known} are')
-        where = f'impossible model: rope_scaling of rope_type={kind!r}'
-        _, needed = ROPE_SCALING[kind]
-        for name in needed:
-            if name not in settings:
-                raise ValueError(f'{where} lacks {name}')
-            if not isinstance(settings[name], (int, float)) or settings[name] <= 0:
-                raise ValueError(f'{where}: {name}={settings[name]!r}: must be a number above 0')
-        if kind == 'llama3' and settings['high_freq_factor'] <= settings['low_freq_factor']:
-            raise ValueError(f'{where}: high_freq_factor={settings["high_freq_factor"]}: must be '
-                             f'above low_freq_factor={settings["low_freq_factor"]}')
-
-    def check_experts(self):
-        experts = self.n_routed_experts
-        groups = self.n_group
-        if groups > 1 and (experts % groups or experts // groups < 2):
-            self.refuse('n_group', f'must divide {experts} experts into groups of 2 or more')
-        if self.topk_group > groups:
-            self.refuse('topk_group', f'must be at most n_group={groups}')
-        reach = experts // groups * self.topk_group
-        if self.num_experts_per_tok > reach:
-            self.refuse('num_experts_per_tok',
-                        f'must be at most {reach}, the routed experts within reach')
+        settings.check_model(self)
+        check_scaling(self.rope_scaling)
 
     @property
     def stop_ids(self):
-        """The ids of eos_token_id, which is one, several or none."""
+        """eos_token_id as a list: it is one id, several or None."""
         if self.eos_token_id is None:
             return []
         if isinstance(self.eos_token_id, int):
             return [self.eos_token_id]
         return list(self.eos_token_id)
 
-    def refuse(self, name, limit):
-        raise ValueError(f'impossible model: {name}={getattr(self, name)}: {limit}')
-
-
-# ------------------------------------------------------- parts without weights of their own
 
 class Linear(nn.Linear):
-    """Without a bias. Transformer.init_weights fills it."""
+    """No bias, and no initial values: Transformer.init_weights sets them."""
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
@@ -169,81 +107,18 @@ class Linear(nn.Linear):
         pass
 
 
-class Embedding(nn.Embedding):
-    """Transformer.init_weights fills it."""
-    def reset_parameters(self):
-        pass
-
-
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in the weight's own dtype also under autocast."""
+    """x / sqrt(mean(x^2) + eps) * weight, in the weight's dtype also under autocast."""
     def forward(self, x):
         return super().forward(x.to(self.weight.dtype))
 
 
 def rope_table(config, dim):
-    """-> cosines and sines of RoPE's angles [3], (2, max_position_embeddings, dim/2) float32."""
+    """Return the cosines and sines of RoPE's angles [3], (2, max_position_embeddings, dim/2)."""
     freq = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2).float() / dim)        # (dim/2,)
-    scale = 1.0
-    if config.rope_scaling:
-        rescale, _ = ROPE_SCALING[config.rope_scaling['rope_type']]
-        freq, scale = rescale(freq, config.rope_theta, config.rope_scaling)
+    freq, scale = scaled(freq, config)
     angle = torch.outer(torch.arange(config.max_position_embeddings).float(), freq)
     return torch.stack((angle.cos(), angle.sin())) * scale
-
-
-def yarn(freq, theta, settings):
-    """YaRN [4]: freq (dim/2,) -> frequencies for a context `factor` times as long, and the
-    factor on cosines and sines. What turns often within the original context is kept, what
-    hardly turns is stretched, and what is between them goes from the one to the other."""
-    factor = settings['factor']
-    length = settings['original_max_position_embeddings']
-    dim = 2 * len(freq)
-
-    def pair_that_turns(times):
-        return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
-
-    first = max(math.floor(pair_that_turns(settings.get('beta_fast') or 32)), 0)
-    last = min(math.ceil(pair_that_turns(settings.get('beta_slow') or 1)), dim - 1)
-    ramp = (torch.arange(dim // 2) - first) / max(last - first, 0.001)
-    ramp = ramp.clamp(0, 1)
-    freq = freq / factor * ramp + freq * (1 - ramp)
-
-    scale = yarn_mscale(factor, 1)
-    if settings.get('mscale') and settings.get('mscale_all_dim'):
-        scale = (yarn_mscale(factor, settings['mscale'])
-                 / yarn_mscale(factor, settings['mscale_all_dim']))
-    return freq, settings.get('attention_factor') or scale
-
-
-def yarn_mscale(factor, mscale):
-    """By how much a longer context sharpens the attention [4]."""
-    if factor <= 1:
-        return 1.0
-    return 0.1 * mscale * math.log(factor) + 1.0
-
-
-def linear(freq, theta, settings):
-    """Positions closer together, so that `factor` times as many fit."""
-    return freq / settings['factor'], 1.0
-
-
-def llama3(freq, theta, settings):
-    """As in Llama 3.1: what turns more than high_freq_factor times within the original context
-    is kept, what turns less than low_freq_factor times is stretched."""
-    turns = settings['original_max_position_embeddings'] * freq / (2 * math.pi)      # (dim/2,)
-    low = settings['low_freq_factor']
-    high = settings['high_freq_factor']
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return freq / settings['factor'] * (1 - kept) + freq * kept, 1.0
-
-
-LENGTHS = ('factor', 'original_max_position_embeddings')
-ROPE_SCALING = {        # rope_type -> function, the settings that it needs
-    'linear': (linear, ('factor',)),
-    'llama3': (llama3, (*LENGTHS, 'low_freq_factor', 'high_freq_factor')),
-    'yarn': (yarn, LENGTHS),
-}
 
 
 def rotate_halves(x, rope):
@@ -253,9 +128,9 @@ def rotate_halves(x, rope):
 
 
 def rotate_pairs(x, rope):
-    """x (..., T, dr), rope (2, T, dr/2): DeepSeek turns (x0, x1), (x2, x3) ... The result has
-    all first ones before all second ones: in queries and keys alike, so that no product of
-    theirs is another one."""
+    """x (..., T, dr), rope (2, T, dr/2): DeepSeek turns (x0, x1), (x2, x3) ... In the result all
+    first elements come before all second ones, in queries and keys alike: no dot product changes.
+    """
     return turn(x[..., 0::2], x[..., 1::2], rope).to(x.dtype)
 
 
@@ -264,29 +139,8 @@ def turn(a, b, rope):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-class Cache:
-    """What decoding keeps of the past: for each layer, buffers of a fixed size with the
-    shapes that its attention names in cache_shapes."""
-    def __init__(self, config, rows, size, like, dtype):
-        """rows: sequences. size: tokens that fit. Buffers are where the tensor `like` is."""
-        self.length = 0
-        shapes = ATTENTION[config.attention].cache_shapes(config, size)
-        self.layers = []
-        for _ in range(config.num_hidden_layers):
-            self.layers.append([like.new_zeros(rows, *shape, dtype=dtype) for shape in shapes])
-
-    def extend(self, layer, *new):
-        """Puts each of new (..., T, d) behind what is cached -> all of it (..., S, d)."""
-        end = self.length + new[0].shape[-2]
-        for buffer, x in zip(self.layers[layer], new):
-            buffer[..., self.length:end, :] = x
-        return [buffer[..., :end, :] for buffer in self.layers[layer]]
-
-
-# ------------------------------------------------------------------------------- Attention
-
 class GQA(nn.Module):
-    """Grouped-query attention, as Llama and SmolLM2 have it."""
+    """Grouped-query attention, as in Llama and SmolLM2"""
     @staticmethod
     def cache_shapes(config, size):
         shape = (config.num_key_value_heads, size, config.head_dim)
@@ -298,7 +152,7 @@ class GQA(nn.Module):
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         D = config.hidden_size
-        # this order is that of the initial random numbers and of the optimizer's state
+        # the order of the initial random numbers and of the optimizer's state
         self.q_proj = Linear(D, self.heads * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, D)
         self.k_proj = Linear(D, self.kv_heads * self.head_dim)
@@ -322,8 +176,8 @@ class GQA(nn.Module):
 
 
 class LinearAttention(GQA):
-    """The feature map elu + 1 in the place of the softmax [5]: all that is kept of the past
-    is a matrix for each head, of whatever length it was."""
+    """The feature map elu + 1 replaces the softmax [5]. Decoding keeps one matrix per head, however
+    long the past is."""
     CHUNK = 64
 
     @staticmethod
@@ -331,20 +185,20 @@ class LinearAttention(GQA):
         return [(config.num_attention_heads, config.head_dim, config.head_dim + 1)]
 
     def mix(self, q, k, v, cache, layer, mask):
-        """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, at a cost that is linear in
-        T: [5] eq. 9-12. Within a chunk by matmuls, what is before it through its state."""
+        """y_t = sum_{s<=t} (q_t . k_s) v_s / sum_{s<=t} q_t . k_s, [5] eq. 9-12. The cost is linear
+        in T: matmuls within a chunk, and a state that sums up everything before it."""
         B, H, T, d = q.shape
         chunk = min(self.CHUNK, T)
         q = F.elu(q.float()) + 1
         k = F.elu(k.float()) + 1
-        v = F.pad(v.float(), (0, 1), value=1.0)   # a column of ones, which sums q_t . k_s
+        v = F.pad(v.float(), (0, 1), value=1.0)         # a column of ones sums q_t . k_s
         k = k.repeat_interleave(H // self.kv_heads, 1)                           # (B, H, T, d)
         v = v.repeat_interleave(H // self.kv_heads, 1)                         # (B, H, T, d+1)
         q, k, v = (self.split(x, chunk) for x in (q, k, v))                # (B, H, T/C, C, ..)
         state = q.new_zeros(B, H, d, d + 1)
         if cache is not None:
             state = cache.layers[layer][0].float()
-        with ops.without_autocast(q):            # sums over the whole past need float32
+        with ops.without_autocast(q):                   # sums over the whole past need float32
             added = k.transpose(-1, -2) @ v                             # (B, H, T/C, d, d+1)
             states = torch.cat((state[:, :, None], added), 2).cumsum(2)
             from_past = q @ states[:, :, :-1]                           # (B, H, T/C, C, d+1)
@@ -358,13 +212,13 @@ class LinearAttention(GQA):
 
     @staticmethod
     def split(x, chunk):
-        """x (B, H, T, d) -> (B, H, T/C, C, d), padded with zeros at the end"""
+        """x (B, H, T, d) -> (B, H, T/C, C, d), zero-padded at the end"""
         return F.pad(x, (0, 0, 0, -x.shape[2] % chunk)).unflatten(2, (-1, chunk))
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention [1] 2.1.1. All that is cached of a token is its latent, of
-    R dims, and one rotated key that all heads share."""
+    """Multi-head latent attention, [1] 2.1.1. The cache holds of each token a latent of R dims and
+    one rotated key that all heads share."""
     @staticmethod
     def cache_shapes(config, size):
         return [(size, config.kv_lora_rank + config.qk_rope_head_dim)]
@@ -381,7 +235,7 @@ class MLA(nn.Module):
         self.q_lora_rank = config.q_lora_rank
         if self.q_lora_rank:
             self.q_a_proj = Linear(D, self.q_lora_rank)
-            self.q_a_layernorm = RMSNorm(self.q_lora_rank, 1e-6)  # every engine's own epsilon
+            self.q_a_layernorm = RMSNorm(self.q_lora_rank, 1e-6)  # every engine's epsilon here
             self.q_b_proj = Linear(self.q_lora_rank, H * (dn + dr))
         else:
             self.q_proj = Linear(D, H * (dn + dr))
@@ -406,14 +260,14 @@ class MLA(nn.Module):
         if cache is not None:
             cached, = cache.extend(layer, torch.cat((latent, k_pe), -1))         # (B, S, R+dr)
             latent, k_pe = cached.split((R, dr), -1)
-        if latent.shape[1] == T:                                    # nothing is from the past
+        if latent.shape[1] == T:                                      # there is no past
             y = self.attend_expanded(q_nope, q_pe, latent, k_pe, mask)
         else:
             y = self.attend_absorbed(q_nope, q_pe, cached)
         return self.o_proj(y.transpose(1, 2).flatten(2))                               # eq. 11
 
     def queries(self, x):
-        """x (B, T, D) -> (B, H, T, dn) and (B, H, T, dr), the latter before its rotation"""
+        """x (B, T, D) -> (B, H, T, dn), and (B, H, T, dr) before its rotation"""
         H, dn, dr, _, _ = self.dims
         if self.q_lora_rank:
             latent = self.q_a_layernorm(self.q_a_proj(x))                               # eq. 6
@@ -424,8 +278,8 @@ class MLA(nn.Module):
         return q_nope.transpose(1, 2), q_pe.transpose(1, 2)
 
     def attend_expanded(self, q_nope, q_pe, latent, k_pe, mask=None):
-        """Makes the keys and values of every head from the latents: fewest FLOPs where there
-        are as many queries as keys. latent (B, S, R), k_pe (B, S, dr) -> (B, H, T, dv)"""
+        """Compute every head's keys and values from the latents: the fewest FLOPs if there are as
+        many queries as keys. latent (B, S, R), k_pe (B, S, dr) -> (B, H, T, dv)"""
         H, dn, dr, dv, R = self.dims
         kv = self.kv_b_proj(latent).unflatten(-1, (H, dn + dv))               # (B, S, H, dn+dv)
         k_nope, v = kv.split((dn, dv), -1)                                           # eq. 2, 5
@@ -437,9 +291,9 @@ class MLA(nn.Module):
         return ops.attention(q, k, v, self.scale, mask)                                # eq. 10
 
     def attend_absorbed(self, q_nope, q_pe, cached):
-        """The same with kv_b_proj moved to queries and result: q . (W_k c) is (W_k^T q) . c,
-        so that the cached latent is the one key and value of all heads, and nothing is made
-        of the past: fewest bytes where queries are few. cached (B, S, R+dr) -> (B, H, T, dv)"""
+        """The same with kv_b_proj applied to queries and result: q . (W_k c) = (W_k^T q) . c. The
+        cached latent is then the one key and value of all heads, and the past is only read: the
+        fewest bytes if there are few queries. cached (B, S, R+dr) -> (B, H, T, dv)"""
         H, dn, dr, dv, R = self.dims
         kv = cached[:, None]                                                 # (B, 1, S, R+dr)
         weight = self.kv_b_proj.weight.to(kv.dtype).view(H, dn + dv, R)
@@ -452,10 +306,8 @@ class MLA(nn.Module):
 ATTENTION = {'gqa': GQA, 'mla': MLA, 'linear': LinearAttention}
 
 
-# ------------------------------------------------------------------------ MLP and experts
-
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU"""
     def __init__(self, dim, width):
         super().__init__()
         self.gate_proj = Linear(dim, width)
@@ -467,20 +319,27 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for every token. Its arithmetic is float32 in every model."""
+    """Chooses K of E experts for every token, always in float32."""
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts)
-        self.register_buffer('e_score_correction_bias', bias)      # see update_router_bias
+        self.register_buffer('e_score_correction_bias', bias)       # see update_router_bias
+
+    def _apply(self, fn, recurse=True):
+        """Keep the bias exact in .to(bfloat16): rounded, it would choose other experts."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        self.e_score_correction_bias = bias.to(self.weight.device)
+        return self
 
     def forward(self, x):
         """x (N, D) -> weights (N, K) float32, expert ids (N, K), affinities (N, E) float32"""
         config = self.config
         with ops.without_autocast(x):
             affinity = F.linear(x.float(), self.weight.float()).sigmoid()              # eq. 15
-        choice = affinity.detach() + self.e_score_correction_bias    # eq. 16: it only chooses
+        choice = affinity.detach() + self.e_score_correction_bias    # eq. 16: only to choose
         if config.n_group > 1:
             choice = self.within_best_groups(choice)
         ids = choice.topk(config.num_experts_per_tok, -1).indices                      # eq. 14
@@ -490,17 +349,17 @@ class Router(nn.Module):
         return weights * config.routed_scaling_factor, ids, affinity
 
     def within_best_groups(self, choice):
-        """choice (N, E) -> the same, -inf outside of the topk_group best groups. A group is
-        worth the sum of its best two experts."""
-        groups = choice.unflatten(1, (self.config.n_group, -1))             # (N, n_group, E/n)
-        worth = groups.topk(2, -1).values.sum(-1)                                # (N, n_group)
-        best = worth.topk(self.config.topk_group, -1).indices                 # (N, topk_group)
-        out = torch.ones_like(worth, dtype=torch.bool).scatter(1, best, False)
+        """Set choice (N, E) to -inf outside the topk_group best groups. A group's score is the sum
+        of its two best experts."""
+        groups = choice.unflatten(1, (self.config.n_group, -1))         # (N, n_group, E/n_group)
+        score = groups.topk(2, -1).values.sum(-1)                                # (N, n_group)
+        best = score.topk(self.config.topk_group, -1).indices                 # (N, topk_group)
+        out = torch.ones_like(score, dtype=torch.bool).scatter(1, best, False)
         return groups.masked_fill(out[..., None], -math.inf).flatten(1)
 
 
 class Experts(nn.Module):
-    """E SwiGLUs in stacked parameters. No token is dropped, and there is no capacity."""
+    """E SwiGLUs with stacked parameters. No expert has a capacity, no token is dropped."""
     def __init__(self, config):
         super().__init__()
         E = config.n_routed_experts
@@ -510,8 +369,8 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
 
     def forward(self, x, weights, ids):
-        """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D),
-        and how many tokens chose each expert (E,)"""
+        """x (N, D), weights and ids (N, K) -> the weighted sum of the chosen experts (N, D), and
+        how many tokens chose each expert (E,)"""
         E = len(self.down_proj)
         if not self.training and ops.few_choices(ids, E):
             y = ops.experts_one_by_one(x, weights, ids, self.gate_up_proj, self.down_proj)
@@ -522,24 +381,24 @@ class Experts(nn.Module):
         hidden = ops.grouped_linear(rows, self.gate_up_proj.to(dtype), by_expert.ends)
         gate, up = hidden.chunk(2, -1)                                            # (M, I) each
         weights = by_expert.gather_weights(weights).to(dtype)                          # (M, 1)
-        gate = gate.contiguous()        # a CPU's silu takes three times as long on halves of rows
-        rows = F.silu(gate) * (up * weights)               # weighted while they are narrow
+        gate = gate.contiguous()            # on a CPU, silu of half rows takes three times as long
+        rows = F.silu(gate) * (up * weights)                    # weighted while rows are narrow
         rows = ops.grouped_linear(rows, self.down_proj.to(dtype), by_expert.ends)      # (M, D)
         return by_expert.combine(rows), by_expert.load
 
 
 class MoE(nn.Module):
-    """Shared and routed experts: eq. 12."""
+    """Shared and routed experts, eq. 12"""
     def __init__(self, config):
         super().__init__()
         self.alpha = config.seq_aux_loss_weight
         self.gate = Router(config)
         self.experts = Experts(config)
         shared = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(config.hidden_size, shared)       # of width 0 without any
+        self.shared_experts = MLP(config.hidden_size, shared)       # width 0 if there are none
 
     def forward(self, x):
-        """x (B, T, D) -> (B, T, D), load (E,), in training the balance loss"""
+        """x (B, T, D) -> (B, T, D), and (load (E,), the balance loss if training)"""
         weights, ids, affinity = self.gate(x.flatten(0, 1))
         y, load = self.experts(x.flatten(0, 1), weights, ids)                          # (N, D)
         balance = None
@@ -548,7 +407,7 @@ class MoE(nn.Module):
         return self.shared_experts(x) + y.view_as(x), (load, balance)
 
     def balance_loss(self, affinity, ids, B):
-        """affinity (N, E), ids (N, K) -> the sequence-wise loss, a mean over B sequences"""
+        """affinity (N, E), ids (N, K) -> the sequence-wise loss, averaged over B sequences"""
         E = affinity.shape[1]
         K = ids.shape[1]
         T = len(ids) // B
@@ -558,8 +417,6 @@ class MoE(nn.Module):
         p = s.view(B, T, E).mean(1)                                            # eq. 20, (B, E)
         return self.alpha * (f * p).sum(-1).mean()                                     # eq. 17
 
-
-# ----------------------------------------------------------------------------------- Block
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -575,7 +432,7 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x, rope, cache=None, layer=None, mask=None):
-        """x (B, T, D) -> (B, T, D), and of an MoE layer (load, balance loss), else None"""
+        """x (B, T, D) -> (B, T, D), and (load, balance loss) of an MoE layer, else None"""
         y = self.self_attn(self.input_layernorm(x), rope, cache, layer, mask)
         x = x + self.dropout(y)
         y = self.mlp(self.post_attention_layernorm(x))
@@ -586,7 +443,7 @@ class Block(nn.Module):
 
 
 class MTP(Block):
-    """A block that predicts one token further: [1] 2.2."""
+    """A block that predicts one token further ahead, [1] 2.2"""
     def __init__(self, config, layer):
         super().__init__(config, layer)
         D = config.hidden_size
@@ -596,35 +453,34 @@ class MTP(Block):
         self.shared_head = nn.ModuleDict({'norm': RMSNorm(D, config.rms_norm_eps)})
 
     def forward(self, h, embedded, rope, cache=None, mask=None):
-        """h (B, T, D) of the depth before, after its norm; embedded (B, T, D), the tokens
-        ahead -> (B, T, D), whose logits by the shared head are eq. 23, and Block's stats"""
-        both = torch.cat((self.enorm(embedded), self.hnorm(h)), -1)     # in the order of V3's
-        x = self.eh_proj(both).to(embedded.dtype)                       # weights; eq. 21
+        """h (B, T, D): normed states of the depth before; embedded (B, T, D): the tokens ahead
+        -> (B, T, D), from which the shared head makes eq. 23, and Block's stats"""
+        both = torch.cat((self.enorm(embedded), self.hnorm(h)), -1)     # the order in V3's weights
+        x = self.eh_proj(both).to(embedded.dtype)                                      # eq. 21
         x, stats = super().forward(x, rope, cache, 0, mask)                            # eq. 22
         return self.shared_head['norm'](x), stats
 
 
-# ----------------------------------------------------------------------------- Transformer
-
 class Transformer(nn.Module):
     def __init__(self, config):
-        """config: a Config with its vocab_size. Weights follow torch's global random numbers."""
+        """Create a model with random weights; torch.manual_seed decides which."""
         super().__init__()
-        if config.vocab_size < 1:
-            raise ValueError('impossible model: vocab_size=0: must be at least 1')
+        assert config.vocab_size > 0, 'a model needs a vocab_size'
         self.config = config
-        self.gradient_checkpointing = False             # these two are set from outside
+        self.gradient_checkpointing = False             # these two are set by train.py
         self.doc_attention_mask = False
+        self.compiled = {}                              # by generate.compile_decoding, for passes
+        self.compiled_tokens = 0                        # of so many tokens
         self.losses = {}                                # the parts of the last training loss
-        self.mtp_accuracy = []                          # each depth's, in the last evaluation
         self.dropout = nn.Dropout(config.dropout)
         layers = []
         for i in range(config.num_hidden_layers):
             layers.append(Block(config, i))
         for i in range(config.num_nextn_predict_layers):
             layers.append(MTP(config, config.num_hidden_layers + i))
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            'embed_tokens': Embedding(config.vocab_size, config.hidden_size),
+            'embed_tokens': nn.Embedding.from_pretrained(embedding, freeze=False),
             'layers': nn.ModuleList(layers),
             'norm': RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = None
@@ -634,40 +490,44 @@ class Transformer(nn.Module):
         dim = config.head_dim
         if config.attention == 'mla':
             dim = config.qk_rope_head_dim
-        with ops.tensors_beside(self.head):
+        with torch.device('cpu'):                       # values, even if the weights are meta
+            self.rope = rope_table(config, dim)         # float32 in every model, so not a buffer
             load = torch.zeros(len(self.moe_layers), config.n_routed_experts, dtype=torch.int64)
-            self.register_buffer('rope', rope_table(config, dim), persistent=False)
-            self.register_buffer('expert_load', load, persistent=False)  # tokens of each expert
+        self.register_buffer('expert_load', load, persistent=False)     # tokens of each expert
         self.init_weights()
 
     @property
     def head(self):
-        """(V, D), from states to logits"""
+        """The matrix (V, D) that turns states into logits"""
         if self.lm_head is None:
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
+    @property
+    def can_draft(self):
+        """Whether MTP layers can draft: linear attention could not take back a rejected token."""
+        return self.config.num_nextn_predict_layers > 0 and self.config.attention != 'linear'
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.rope = self.rope.to(self.head.device)
+        return self
+
     def init_weights(self):
-        """Normal with initializer_range; smaller for what adds to the residual stream, by the
-        number of these additions, as in GPT-2."""
+        """Normal with initializer_range. As in GPT-2, projections into the residual stream are
+        smaller, by the square root of their number."""
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, p in self.named_parameters():
-            if 'norm' in name or p.is_meta:
+            if 'norm' in name or p.is_meta:             # meta tensors have no values
                 continue
             if 'o_proj' in name or 'down_proj' in name:
                 nn.init.normal_(p, std=residual_std)
             else:
                 nn.init.normal_(p, std=std)
 
-    def _apply(self, fn, recurse=True):
-        """.to(bfloat16) is for the parameters: rounded, the routers' biases would choose other
-        experts, and RoPE's angles would be other positions."""
-        ops.apply_exactly_to_buffers(self, super()._apply, fn)
-        return self
-
     def hidden(self, idx, cache=None):
-        """idx (B, T) -> states after the final norm (B, T, D), stats of the layers"""
+        """idx (B, T) -> states after the final norm (B, T, D), and each layer's stats"""
         config = self.config
         past = 0
         mask = None
@@ -683,8 +543,8 @@ class Transformer(nn.Module):
         x = self.dropout(self.model.embed_tokens(idx))                              # (B, T, D)
         stats = []
         for i, layer in enumerate(self.model.layers[:config.num_hidden_layers]):
-            x, of_layer = self.run(layer, x, rope, cache, i, mask)
-            stats.append(of_layer)
+            x, layer_stats = self.run(layer, x, rope, cache, i, mask)
+            stats.append(layer_stats)
         if cache is not None:
             cache.length = end
         return self.model.norm(x), stats
@@ -694,49 +554,42 @@ class Transformer(nn.Module):
             return checkpoint(layer, *args, use_reentrant=False)
         return layer(*args)
 
-    def document_mask(self, idx, flex=None):
-        """idx (B, T) -> the mask with which a token sees its own document only; one ends with
-        the first stop id. None where doc_attention_mask is off, ValueError where it cannot be
-        on"""
+    def document_mask(self, idx):
+        """The mask that hides other documents from each token of idx (B, T), or None if it is off.
+        A document ends with the first stop id."""
         if not self.doc_attention_mask:
             return None
-        config = self.config
-        if config.attention == 'linear' or not config.stop_ids:
-            raise ValueError(f'doc_attention_mask=True: impossible with attention='
-                             f'{config.attention}, eos_token_id={config.eos_token_id}')
-        ends = idx == config.stop_ids[0]
+        ends = idx == self.config.stop_ids[0]
         documents = ends.cumsum(1) - ends.int()                     # (B, T), numbers them
-        return ops.document_mask(documents, ops.compute_dtype(self.head), flex)
+        return ops.document_mask(documents, ops.compute_dtype(self.head))
 
     def forward(self, idx, targets=None):
-        """idx (B, T) -> logits (B, T, V) float32, None. With targets (B, T), of which -100 is
-        ignored -> None, the loss in nats: the mean next-token loss, and in training those of
-        MTP and balance added. self.losses has the parts, self.mtp_accuracy in evaluation the
-        shares of right guesses."""
+        """idx (B, T) -> logits (B, T, V) float32, None.
+
+        With targets (B, T), of which -100 is ignored -> None, the mean next-token loss in nats. In
+        training the MTP and balance losses are added; self.losses has the parts."""
         h, stats = self.hidden(idx)
         if targets is None:
             return F.linear(h, self.head).float(), None
         loss = ops.linear_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
         if not self.training:
-            self.mtp_accuracy = self.right_guesses(h, idx, targets)
             return None, loss
-        self.losses = {'main': loss.detach()}
+        self.losses = {'loss': loss.detach()}
         if self.config.num_nextn_predict_layers:
             mtp = self.mtp_loss(h, idx, targets, stats)
-            self.losses['mtp'] = mtp.detach()
+            self.losses['mtp_loss'] = mtp.detach()
             loss = loss + self.config.mtp_loss_weight * mtp
         if self.moe_layers:
-            loads, balances = zip(*(of_layer for of_layer in stats if of_layer is not None))
+            loads, balances = zip(*(pair for pair in stats if pair is not None))
             balance = torch.stack(balances).sum()
-            self.losses['balance'] = balance.detach()
+            self.losses['balance_loss'] = balance.detach()
             loss = loss + balance
-            self.expert_load += torch.stack(loads)     # here: a recomputed layer counts twice
+            self.expert_load += torch.stack(loads)      # here, outside of layers that run twice
         return None, loss
 
     def mtp(self, k, h, tokens, cache=None, mask=None):
-        """Depth k = 1, 2, ...: h (B, T, D) of the depth before and the token k ahead of each,
-        tokens (B, T) -> states (B, T, D) from which the head predicts the token after that, and
-        stats. cache: the depth's own"""
+        """Depth k = 1, 2, ...: h (B, T, D) of the depth before, tokens (B, T) k ahead of each state
+        -> states (B, T, D) that predict the tokens after those, and stats"""
         past = 0
         if cache is not None:
             past = cache.length
@@ -744,130 +597,45 @@ class Transformer(nn.Module):
         layer = self.model.layers[self.config.num_hidden_layers + k - 1]
         return self.run(layer, h, self.model.embed_tokens(tokens), rope, cache, mask)
 
-    def mtp_states(self, h, idx, targets):
-        """h (B, T, D), idx and targets (B, T) -> of each depth its states (B, T - k, D), what
-        they shall predict (B, T - k), and stats. Depth k sees state h_i and token t_{i+k}, and
-        predicts t_{i+k+1}; targets_i is t_{i+1}."""
-        found = []
+    def mtp_loss(self, h, idx, targets, stats):
+        """Return the mean loss of all depths, and append their stats. Depth k takes state h_i and
+        token t_{i+k}, and predicts t_{i+k+1}; targets_i is t_{i+1}."""
+        losses = []
         for k in range(1, self.config.num_nextn_predict_layers + 1):
             T = targets.shape[1] - k
             assert T > 0, 'a sequence must be longer than num_nextn_predict_layers'
             ahead = targets[:, k - 1:-1].clamp(min=0)
-            h, stats = self.mtp(k, h[:, :T], ahead, mask=self.document_mask(idx[:, :T]))
-            found.append((h, targets[:, k:], stats))
-        return found
-
-    def mtp_loss(self, h, idx, targets, stats):
-        """-> the mean loss of the MTP layers, whose stats are added. Arguments as for mtp_states"""
-        losses = []
-        for state, wanted, of_layer in self.mtp_states(h, idx, targets):
-            stats.append(of_layer)
+            h, layer_stats = self.mtp(k, h[:, :T], ahead, mask=self.document_mask(idx[:, :T]))
+            stats.append(layer_stats)
             losses.append(ops.linear_cross_entropy(
-                state.flatten(0, 1), self.head, wanted.flatten()))                     # eq. 24
+                h.flatten(0, 1), self.head, targets[:, k:].flatten()))                 # eq. 24
         return sum(losses) / len(losses)                                               # eq. 25
 
-    def right_guesses(self, h, idx, targets):
-        """-> a list: how often each depth's first choice is the token that comes. Empty where the
-        sequences are too short to tell"""
-        shares = []
-        if targets.shape[1] <= self.config.num_nextn_predict_layers:
-            return shares
-        for state, wanted, _ in self.mtp_states(h, idx, targets):
-            best = ops.linear_argmax(state.flatten(0, 1), self.head)
-            counts = wanted.flatten() >= 0
-            right = (best == wanted.flatten()) & counts
-            shares.append(right.sum() / counts.sum().clamp(min=1))
-        return shares
-
     def update_router_bias(self, load):
-        """Loss-free balancing [2], once an optimizer step: an expert that got too many tokens
-        becomes less likely to be chosen. load (MoE layers, E): expert_load over all ranks"""
+        """Loss-free balancing [2], once per optimizer step: an expert with too many tokens becomes
+        less likely to be chosen. load (MoE layers, E): expert_load summed over ranks"""
         load = load.float()
         step = torch.sign(load.mean(1, keepdim=True) - load)
         step = self.config.bias_update_speed * step
-        step = step - step.mean(1, keepdim=True)          # moves no choice, prevents a drift
-        for moe, of_layer in zip(self.moe_layers, step):
-            moe.gate.e_score_correction_bias += of_layer
-
-    # ---------------------------------------------------------------------------- generation
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, drafts=None):
-        """idx (B, T) -> yields max_new_tokens times the next tokens (B, 1). When the context
-        is full, it goes on from its last half. drafts: a speculate.Drafts, with which the MTP
-        layers draft; the tokens are distributed alike with and without."""
-        size = min(idx.shape[1] + max_new_tokens, self.config.max_position_embeddings)
-        dtype = ops.compute_dtype(self.head)
-
-        def make_cache(layers):
-            config = replace(self.config, num_hidden_layers=layers)
-            return Cache(config, len(idx), size + 1, idx, dtype)                    # never full
-
-        if drafts is not None and self.can_draft:
-            yield from speculate.stream(self, make_cache, idx, max_new_tokens, size, temperature,
-                                        top_k, top_p, drafts)
-            return
-        cache = None
-        new = idx
-        for _ in range(max_new_tokens):
-            if cache is not None and cache.length == size:
-                cache = None
-                new = idx[:, -(size + 1) // 2:]
-            if cache is None:
-                cache = make_cache(self.config.num_hidden_layers)
-            with ops.decoding_kernels(new.numel()):
-                h, _ = self.hidden(new, cache)
-                logits = F.linear(h[:, -1], self.head).float()                         # (B, V)
-            new = sample(logits, temperature, top_k, top_p)
-            idx = torch.cat((idx, new), 1)
-            yield new
-
-    @property
-    def can_draft(self):
-        """Whether there are MTP layers, and caches from which a rejected draft can be taken"""
-        return self.config.num_nextn_predict_layers > 0 and self.config.attention != 'linear'
+        step = step - step.mean(1, keepdim=True)        # changes no choice, prevents a drift
+        for moe, layer_step in zip(self.moe_layers, step):
+            moe.gate.e_score_correction_bias += layer_step
 
     def generate(self, idx, max_new_tokens, temperature=0.0, top_k=None, top_p=None, stop=None,
                  drafts=None):
-        """idx (B, T) -> (B, T + new): max_new_tokens, or until every row has come to an id of
-        stop (one or several), which the row then repeats. drafts: as for stream"""
-        if stop is None or isinstance(stop, int):
-            stop = [stop]
-        stops = [i for i in stop if i is not None]
-        out = idx
-        last = None                                  # (B, 1), the stop token of a row, else -1
-        for new in self.stream(idx, max_new_tokens, temperature, top_k, top_p, drafts):
-            if last is None:
-                last = torch.full_like(new, -1)
-            new = torch.where(last >= 0, last, new)
-            out = torch.cat((out, new), 1)
-            stopped = torch.isin(new, new.new_tensor(stops))
-            last = torch.where(stopped, new, last)
-            if stopped.all():
-                break
-        return out
+        """idx (B, T) -> (B, T + new), see generate.generate. temperature 0: the likeliest tokens"""
+        sampling = generate.Sampling(temperature, top_k, top_p)
+        return generate.generate(self, idx, max_new_tokens, sampling, stop, drafts)
 
-    # --------------------------------------------------------------------------------- files
-
-    def save_pretrained(self, directory, dtype=None, shard_bytes=5e9, state=None):
-        """A folder that transformers reads. state: a snapshot, which is written instead."""
-        hf.save_pretrained(self, directory, dtype, shard_bytes, state)
-
-    def snapshot(self, dtype=None, state=None):
-        """-> copies of the tensors as save_pretrained names them"""
-        return hf.snapshot(self, dtype, state)
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5e9, state=None):
+        """Write a folder that transformers reads. state: a state_dict to write in place of the
+        model's, which may be sharded"""
+        from nanoseek import hf
+        hf.save_pretrained(self, folder, dtype, shard_bytes, state)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=torch.float32, **overrides):
-        """A folder with a Llama, Glm4Moe or DeepseekV3 model, or one of ours. overrides:
+    def from_pretrained(cls, folder, dtype=torch.float32, **overrides):
+        """Load a folder with a Llama, Glm4Moe or DeepseekV3 model, or one of ours. overrides:
         fields of Config"""
-        return hf.from_pretrained(cls, Config, directory, dtype, **overrides)
-
-
-def sample(logits, temperature, top_k=None, top_p=None):
-    """logits (B, V) -> tokens (B, 1): the likeliest at temperature 0, else a random one of
-    the top_k likeliest and of the fewest that make up the probability top_p."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits, ids = speculate.likeliest(logits, temperature, top_k, top_p)               # (B, V)
-    return ids.gather(1, logits.softmax(-1).multinomial(1))
+        from nanoseek import hf
+        return hf.from_pretrained(folder, dtype, **overrides)

@@ -1,12 +1,7 @@
-# Linear attention (features elu + 1) with four routed experts of width 256 and none shared,
-# untied: what decoding keeps of the past is a matrix per head, whatever the length. 10,095,744
-# parameters and 16 balancing biases (4 layers x 4).
-# Meant for GPT-2-like tokenizers (vocabulary 32,256); runs on any dataset with a smaller one.
-# Needs about 200 MB; a CPU will do.
-# Expect a slow start: the learning rate is low and a step sees 64 sequences of 32 tokens only.
+# Linear attention, one matrix per head at any length, with 4 experts. 10,095,744 parameters.
+# Made for GPT-2-like tokenizers (at most 32,256 tokens). Needs 200 MB. Expect a slow start.
 out_dir = 'out/linear10'
 dataset = 'shakespeare'
-
 attention = 'linear'
 vocab_size = 32256
 hidden_size = 128

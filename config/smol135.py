@@ -1,16 +1,9 @@
-# DeepSeek-V3's parts on SmolLM2-135M's backbone: MLA with a latent of 128, and in each of the 30
-# layers one shared and three routed experts of SmolLM2's own width, two of which are active.
-# 372.9M parameters, 293.3M active per token.
-# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its
-# 49,152 tokens.
-# Needs 8 GB at least and 25 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits
-# here. On a CPU try --block_size=64.
-# rope_theta is not named: 10000, DeepSeek-V3's, or with --init_from that of the weights (see
-# convert.py).
-# Expect a cache of 160 values per token and layer, where SmolLM2-135M keeps 384.
+# DeepSeek-V3's parts on SmolLM2-135M's backbone. 372.9M parameters, 293.3M active per token.
+# Made for cosmopedia with SmolLM2's tokenizer; works with any vocabulary of at most 49,152 tokens.
+# Needs 8 GB, or 25 GB for 4 x 2048 tokens; `--max_steps=0` prints what fits. On a CPU try
+# --block_size=64. Expect a cache of 160 values per token and layer; SmolLM2-135M keeps 384.
 out_dir = 'out/smol135'
 dataset = 'shakespeare'
-
 attention = 'mla'
 vocab_size = 49152
 hidden_size = 576
@@ -19,8 +12,7 @@ num_attention_heads = 9
 kv_lora_rank = 128
 qk_nope_head_dim = 32
 qk_rope_head_dim = 32
-# dn + dr = dv = 64, which every fused attention kernel takes as it is
-v_head_dim = 64
+v_head_dim = 64                         # dn + dr = dv: every fused attention kernel accepts that
 n_shared_experts = 1
 n_routed_experts = 3
 num_experts_per_tok = 2
@@ -32,14 +24,12 @@ initializer_range = 0.02
 
 batch_size = 0                          # as many as fit
 block_size = 2048
-global_batch_size = 32                  # sequences of a step, over all devices
-# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 3.2e-3 for this
-# width; a longer run wants less
+global_batch_size = 32                  # sequences per step, over all devices
 optimizer = 'muon'
-learning_rate = 2e-3
+learning_rate = 2e-3                    # nanoseek/dial.py gives 3.2e-3; a longer run needs less
 embedding_lr = 3.0
 schedule = 'wsd'
-decay_frac = 1.0                        # linear to 0 from the warm-up on
+decay_frac = 1.0                        # linear to 0 after the warm-up
 min_lr_frac = 0.0
 warmup_steps = 1000
 max_steps = 20000

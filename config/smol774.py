@@ -1,15 +1,8 @@
-# SmolLM2-135M's backbone with eight routed experts and one shared of width 1536, top-2, and an 8
-# times smaller latent: 72 values for keys and values (and 32 for the rotated key) where the
-# hidden state has 576. 774M parameters.
-# Meant for cosmopedia with SmolLM2's tokenizer; runs on any dataset whose vocabulary is below its
-# 49,152 tokens.
-# Needs about 32 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits here. On a CPU
-# try --block_size=32.
-# The run is 10,000 steps, and 100 more from its last checkpoint: the same command again with
-# --max_steps=10100.
+# SmolLM2-135M's backbone with 8 routed experts and a latent of 72 values. 774M parameters.
+# Made for cosmopedia with SmolLM2's tokenizer; works with any vocabulary of at most 49,152 tokens.
+# Needs 32 GB for 4 x 2048 tokens; `--max_steps=0` prints what fits. On a CPU try --block_size=32.
 out_dir = 'out/smol774'
 dataset = 'shakespeare'
-
 attention = 'mla'
 vocab_size = 49152
 hidden_size = 576
@@ -27,7 +20,7 @@ moe_intermediate_size = 1536
 max_position_embeddings = 8192
 rope_theta = 100000.0
 rms_norm_eps = 1e-5
-initializer_range = 1 / 24              # hidden_size ** -0.5, as SmolLM2's
+initializer_range = 1 / 24              # hidden_size ** -0.5, as in SmolLM2
 
 batch_size = 0                          # as many as fit
 block_size = 2048

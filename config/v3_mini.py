@@ -1,14 +1,8 @@
-# DeepSeek-V3's shape for 80 GB and more: 24 layers of hidden size 2048, the first one dense, 64
-# routed experts of width 512 (4 active) and a shared one, MLA with a q LoRA of 1536 and a latent
-# of 512, DeepSeek-V3's vocabulary. 5.69B parameters, 1.35B active per token.
-# Meant for fineweb-edu with DeepSeek-V3's tokenizer (129,280 tokens); runs on any dataset with a
-# smaller vocabulary.
-# Needs 91 GB for weights, gradients and AdamW in float32 alone: one GPU of 141 GB, or several
-# with sharding.
-# Expect nothing yet: this configuration has been counted here, and not trained.
+# DeepSeek-V3's shape for 80 GB or more. 5.69B parameters, 1.35B active per token.
+# Made for fineweb-edu with DeepSeek-V3's tokenizer; works with any smaller vocabulary.
+# Needs 91 GB for weights, gradients and AdamW alone. It has been counted, not trained.
 out_dir = 'out/v3-mini'
 dataset = 'shakespeare'
-
 attention = 'mla'
 vocab_size = 129280
 hidden_size = 2048

@@ -1,14 +1,8 @@
-# DeepSeek-V3's shape for one small GPU: MLA with q LoRA, one dense layer and then eleven with
-# eight routed experts (2 active) and a shared one, loss-free balancing, one MTP layer. 0.14B
-# parameters.
-# Meant for a tokenizer of 32,000 tokens trained on the corpus (--tokenizer=bpe:32000); runs on
-# any smaller vocabulary.
-# Needs about 8 GB for 8 x 1024 tokens at a time; `--max_steps=0` prints what fits here. On a CPU
-# try --block_size=64.
-# Expect the place to try a change to DeepSeek's recipe before paying for it at scale.
+# DeepSeek-V3's shape for one small GPU, to test changes to its recipe. 0.14B parameters.
+# Made for a tokenizer trained on the corpus (--tokenizer=bpe:32000), or any smaller vocabulary.
+# Needs 8 GB for 8 x 1024 tokens; `--max_steps=0` prints what fits. On a CPU try --block_size=64.
 out_dir = 'out/v3-tiny'
 dataset = 'shakespeare'
-
 attention = 'mla'
 vocab_size = 32000
 hidden_size = 768
@@ -33,13 +27,11 @@ max_position_embeddings = 4096
 batch_size = 0                          # as many as fit
 block_size = 1024
 global_batch_size = 64
-# nanoseek/dial.py's recipe, measured at widths of up to 192 only. Its formula says 2.6e-3 for this
-# width; a longer run wants less
 optimizer = 'muon'
-learning_rate = 2e-3
+learning_rate = 2e-3                    # nanoseek/dial.py gives 2.6e-3; a longer run needs less
 embedding_lr = 3.0
 schedule = 'wsd'
-decay_frac = 1.0                        # linear to 0 from the warm-up on
+decay_frac = 1.0                        # linear to 0 after the warm-up
 min_lr_frac = 0.0
 warmup_steps = 500
 max_steps = 10000

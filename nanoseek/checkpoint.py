@@ -1,304 +1,267 @@
-"""A run's state on the disk: written whole or not at all, found again, pruned.
+"""A run's state on disk: written whole or not at all, found again, pruned.
 
 A checkpoint is a folder step-N: a Hugging Face model, and in trainer/ what only training needs.
-    trainer/state.pt         optimizer, scaler, random numbers, progress
-    trainer/settings.json    of the run, and what must be the same to go on from it
-    trainer/manifest.json    sizes and checksums of all files
-It has its name only when all of it is on the disk. Nothing in it is executed when it is read.
+    trainer/state.pt        optimizer, scaler, random numbers, progress
+    trainer/settings.json   the run's settings, and what must not change when it continues
+It gets this name when all of it is on disk. Reading it executes nothing.
 """
-import json
+import contextlib
 import logging
+import math
+import os
 import shutil
-import time
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from nanoseek import files, folders
+from nanoseek import hf
+from nanoseek.optim import shard_like, whole
+from nanoseek.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
-VERSION = 2                         # 1 had no manifest.json
+PROGRESS = ('step', 'skipped', 'rollbacks', 'bad', 'losses')
 
 
-# --------------------------------------------------------------------------------- finding
+class Run:
+    """What a checkpoint keeps of a run. folder: the model's that it started from, or None"""
+    def __init__(self, model, optimizer, scaler, folder=None):
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.companions = {}        # files beside the weights, see hf.read_companions
+        if folder:
+            self.companions = hf.read_companions(folder)
+        self.step = 0               # optimizer steps taken
+        self.skipped = 0            # steps whose data was passed over after a rollback
+        self.rollbacks = 0
+        self.bad = 0                # steps in a row, up to now, that were not finite
+        self.losses = {}            # of the last evaluation, for the model card
+
+    def state(self):
+        device = self.model.head.device
+        random = {'cpu': torch.get_rng_state()}
+        if device.type != 'cpu':
+            random[device.type] = torch.get_device_module(device).get_rng_state()
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        return {**progress, 'optimizer': self.optimizer.state_dict(),
+                'scaler': self.scaler.state_dict(), 'rng': random}
+
+    def load(self, checkpoint):
+        """Continue from a checkpoint, whose weights the model has already."""
+        state = torch.load(checkpoint / 'trainer' / 'state.pt', map_location='cpu',
+                           weights_only=True)                           # executes nothing
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group['params']]
+        for i, tensors in state['optimizer']['state'].items():
+            for name, tensor in tensors.items():
+                tensors[name] = shard_like(tensor, parameters[i])
+        for saved, group in zip(state['optimizer']['param_groups'], groups):
+            saved.update({**group, 'params': saved['params']})      # the settings are this run's
+        self.optimizer.load_state_dict(state['optimizer'])
+        if state['scaler']:                         # empty, unless the dtype was float16
+            self.scaler.load_state_dict(state['scaler'])
+        for device_type, numbers in state['rng'].items():
+            if device_type == 'cpu':
+                torch.set_rng_state(numbers)
+            elif device_type == self.model.head.device.type:
+                torch.get_device_module(device_type).set_rng_state(numbers)
+        for name in PROGRESS:
+            setattr(self, name, state.get(name, getattr(self, name)))
+
+    @torch.no_grad()
+    def roll_back(self, checkpoint):
+        """Return to a checkpoint, but continue with the data that would have come next."""
+        position = self.step + self.skipped
+        rollbacks = self.rollbacks + 1
+        weights = hf.from_pretrained(checkpoint).state_dict()
+        for name, tensor in self.model.state_dict().items():
+            tensor.copy_(shard_like(weights[name], tensor))
+        self.load(checkpoint)
+        self.skipped = position - self.step
+        self.rollbacks = rollbacks
+        self.bad = 0
+
 
 def checkpoints(out_dir):
-    """The checkpoints of a run by their steps, oldest first, whole or damaged."""
-    found = []
-    for folder in Path(out_dir).glob('step-*'):
-        if folder.name[5:].isdigit() and folder.is_dir():
-            found.append(folder)
-    return sorted(found, key=step_of)
+    """Return a run's checkpoints, whole or damaged, oldest first."""
+    folders = [f for f in Path(out_dir).glob('step-*') if f.name[5:].isdigit() and f.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def step_of(checkpoint):
-    return int(Path(checkpoint).name[5:])
+    return int(checkpoint.name[5:])
 
 
-def newest(out_dir, say):
-    """The newest whole checkpoint, or None. say hears of damaged ones"""
+def newest(out_dir):
     for checkpoint in reversed(checkpoints(out_dir)):
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
-        say(f'{checkpoint} is damaged ({problem}): going back to the one before')
+        log.warning(f'{checkpoint} is damaged ({problem}): trying the one before')
     return None
 
 
 def damage(checkpoint):
-    """What is wrong with a checkpoint's files, or None; reads all of them."""
-    folder = checkpoint / 'trainer'
+    """Return what is wrong with a checkpoint's files, or None."""
+    state = checkpoint / 'trainer' / 'state.pt'
     try:
-        version = read_settings(checkpoint).get('version', 1)
-        if version > VERSION:
-            return f'its version is {version}, and {VERSION} the newest that is known here'
-        if version == 1:
-            if (folder / 'state.pt').is_file():
-                return None
-            return 'no trainer/state.pt'
-        manifest = json.loads((folder / 'manifest.json').read_text(encoding='utf-8'))
-        needed = {'config.json', 'trainer/state.pt', 'trainer/settings.json'}
-        if not needed <= manifest.keys() or '..' in str(manifest):
-            return 'trainer/manifest.json is not ours'
-        for name, wanted in manifest.items():
-            found = checksum(checkpoint / name)
-            if found != wanted:
-                return (f'{name} has {found[0]:,} bytes and checksum {found[1]}, not '
-                        f'{wanted[0]:,} and {wanted[1]}')
-    except (OSError, ValueError, AttributeError, TypeError, LookupError) as e:
+        hf.read_config(checkpoint)
+        read_settings(checkpoint)
+        for file in set(hf.tensor_files(checkpoint).values()):
+            with hf.open_safetensors(file):         # compares the file's length with its header
+                pass
+        with zipfile.ZipFile(state) as parts:
+            broken = parts.testzip()                # compares checksums
+    except (OSError, ValueError) as e:
         return str(e)
+    except (zipfile.BadZipFile, RuntimeError) as e:     # RuntimeError: a broken flag
+        broken = e
+    if broken:
+        return f'{state} is damaged: {broken}'
     return None
 
 
-def checksum(file):
-    """-> [size, CRC-32]"""
-    value = 0
-    with open(file, 'rb') as f:
-        while block := f.read(2**20):
-            value = zlib.crc32(block, value)
-        return [f.tell(), value]
-
-
 def read_settings(checkpoint):
-    return folders.read_json(Path(checkpoint) / 'trainer' / 'settings.json')
+    return hf.read_json(checkpoint / 'trainer' / 'settings.json')
 
 
-def find(resume, out_dir, identity, say):
-    """The setting resume -> the checkpoint to go on from, or None. identity: {name: value} of
-    what must be the same as it was there. ValueError"""
-    found = None
-    if resume == 'auto':
-        found = newest(out_dir, say)
-        if found is None and checkpoints(out_dir):
-            raise ValueError(f'no checkpoint in {out_dir} is whole: start over with '
+def find(s, identity):
+    """Return the checkpoint to continue from, or None to start from scratch. ValueError if it is
+    damaged, or if a run with this identity cannot continue from it."""
+    if s.resume == 'never':
+        return None
+    if s.resume == 'auto':
+        checkpoint = newest(s.out_dir)
+        if checkpoint is None and checkpoints(s.out_dir):
+            raise ValueError(f'all checkpoints in {s.out_dir} are damaged: start over with '
                              '--resume=never')
-    elif resume != 'never':
-        found = Path(resume)
-        if not (found / 'trainer' / 'state.pt').is_file():
-            raise ValueError(f'resume={resume}: no such checkpoint (a step-N folder with '
-                             'trainer/state.pt in it)')
-        problem = damage(found)
-        if problem is not None:
-            raise ValueError(f'resume={found}: damaged: {problem}')
-    if found is not None:
-        saved = read_settings(found)
+    else:
+        checkpoint = Path(s.resume)
+        problem = damage(checkpoint)
+        if problem:
+            raise ValueError(f'resume={s.resume}: must be the step-N folder of a checkpoint that '
+                             f'is whole: {problem}')
+    if checkpoint is not None:
+        saved = read_settings(checkpoint)
         for name, value in identity.items():
-            check_same(found, name, saved.get(name, value), value)
-    return found
+            check_same(checkpoint, name, saved.get(name, value), value)
+    return checkpoint
 
 
-def check_same(found, name, old, new):
+def identity(s, data, batch):
+    """Return what must stay the same in all parts of a run. batch: sequences of a step"""
+    return {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
+            'embedding_lr': s.embedding_lr, 'batch': batch, 'data': data.fingerprint()}
+
+
+def check_same(checkpoint, name, old, new):
     if old != new:
-        raise ValueError(f'{found} was trained with {name}={old}, now it is {new}: go back, '
-                         f'take another out_dir (--init_from={found} starts from its weights), '
-                         'or start over with --resume=never')
+        raise ValueError(f'{checkpoint} was trained with {name}={old}, now it is {new}: change it '
+                         f'back, use another out_dir (--init_from={checkpoint} starts from its '
+                         'weights), or start over with --resume=never')
 
 
 def of_run(name):
-    """A run's folder -> its newest whole checkpoint; any other name as it is. For settings that
-    name a model"""
+    """Return the newest checkpoint of a run's folder; any other name of a model unchanged."""
     if (Path(name) / 'config.json').is_file() or not checkpoints(name):
         return name
-    found = newest(name, log.warning)
-    if found is None:
-        raise ValueError(f'no checkpoint in {name} is whole')
-    return found
+    return newest(name) or name
 
 
-# -------------------------------------------------------------------------------- removing
-
-def clear(out_dir, found, step):
-    """Removes what a run that goes on from found at step would repeat; all of it without a
-    checkpoint that is found."""
-    for old in checkpoints(out_dir):
-        if found is None or step_of(old) > step:
-            files.remove_folder(old)
-    for half in Path(out_dir).glob('.step-*.tmp'):
-        shutil.rmtree(half, ignore_errors=True)     # it has no name that anything reads
-    if found is None:
-        (Path(out_dir) / 'metrics.jsonl').unlink(missing_ok=True)
-
-
-def prune(out_dir, keep):
-    """Leaves the newest checkpoints, so many (0: all), and of those that were evaluated the
-    one with the lowest validation loss. -> what could not be removed, as where another program
-    reads it on a network drive or on Windows: [OSError, ...]"""
-    problems = []
-    if keep == 0:
-        return problems
-    found = checkpoints(out_dir)
-    best = None
-    lowest = None
-    for checkpoint in found:
-        with suppress(OSError, ValueError):     # an old one that is damaged does not end a run
-            loss = read_settings(checkpoint).get('val_loss')
-            if loss is not None and (lowest is None or loss <= lowest):
-                best = checkpoint
-                lowest = loss
-    for old in found[:-keep]:
-        if old != best:
-            try:
-                files.remove_folder(old)
-            except OSError as e:
-                problems.append(e)
-    return problems
+@contextlib.contextmanager
+def whole_folder(final):
+    """Yield a temporary folder, which is renamed to `final` when all of it is on disk. OSError
+    if it cannot be written."""
+    final = Path(final)
+    tmp = final.with_name(f'.{final.name}.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+        for path in (*tmp.rglob('*'), tmp):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(tmp, final)
+        sync(final.parent)
+    except (RuntimeError, SafetensorError) as e:    # the libraries' words for a full disk
+        raise OSError(f'{final} could not be written: {e}') from e
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------- writing
-
-def training_state(progress, optimizer, scaler, device):
-    """-> what a step depends on besides the weights. progress: plain values of the loop"""
-    random_numbers = {'cpu': torch.get_rng_state()}
-    if device.type != 'cpu':
-        random_numbers[device.type] = torch.get_device_module(device).get_rng_state()
-    return {'version': VERSION, **progress, 'optimizer': optimizer.state_dict(),
-            'scaler': scaler.state_dict(), 'rng': random_numbers}
+def sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def cpu_copy(x, whole, keep):
-    """A copy on the CPU of all tensors in dicts and lists, which training cannot change any
-    more. whole: gathers a tensor of which each rank has a part; keep: whether this rank needs
-    the result, as all of them must take part"""
-    if isinstance(x, dict):
-        return {k: cpu_copy(v, whole, keep) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [cpu_copy(v, whole, keep) for v in x]
-    if not isinstance(x, torch.Tensor):
-        return x
-    x = whole(x.detach())
-    if not keep:
-        return None
-    return x.to('cpu', copy=True)
-
-
-def write(final, model, weights, state, settings, card, tokenizer, companions, keep,
-          special_in_text=False):
-    """Writes out_dir/step-N -> a line that says so. weights: model.snapshot(); card: the text
-    of README.md; companions: see folders.write_companions; keep: see prune. OSError where the
-    disk does not take it"""
-    began = time.perf_counter()
+def save(run, s, data, dist, val_loss=None):
+    """Write out_dir/step-N and prune older ones. All ranks call it, rank 0 writes. Return a line
+    about it. val_loss: at this step, if it was evaluated"""
+    state = gather(run.state(), dist.rank == 0)
+    weights = gather(run.model.state_dict(), dist.rank == 0)
+    if dist.rank > 0:
+        return ''
+    final = Path(s.out_dir) / f'step-{run.step:06d}'
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             return f'{final} is not written: {name} is not finite'
-    tmp = final.with_name(f'.{final.name}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        model.save_pretrained(tmp, state=weights)
-        folders.write_companions(tmp, tokenizer, model.config, companions, special_in_text)
-        (tmp / 'README.md').write_text(card, encoding='utf-8', errors='backslashreplace')
-        (tmp / 'trainer').mkdir()
-        folders.write_json(tmp / 'trainer' / 'settings.json', settings)
-        save_state(tmp / 'trainer' / 'state.pt', state)
-        manifest = {}
-        for file in sorted(tmp.rglob('*')):
-            if file.is_file():
-                manifest[file.relative_to(tmp).as_posix()] = checksum(file)
-        folders.write_json(tmp / 'trainer' / 'manifest.json', manifest)
-        files.put_in_place(tmp, final)
-    except (OSError, SafetensorError) as e:
-        reason = files.why(e, final.parent)
-        raise OSError(f'{final} could not be written: {reason}; the checkpoints before it are '
-                      'whole, and the same command goes on from them') from e
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-    line = f'saved {final} in {time.perf_counter() - began:.1f} s'
-    for problem in prune(final.parent, keep):
-        line += f'; an older one could not be removed: {problem}'
-    return line
+    batch = s.global_batch_size or s.batch_size * dist.world
+    with whole_folder(final) as folder:
+        hf.save_pretrained(run.model, folder, state=weights)
+        hf.write_companions(folder, load_tokenizer(data.directory), run.model.config,
+                            run.companions)
+        card = hf.model_card(s, run.model, data, run.step, run.losses, dist.world)
+        (folder / 'README.md').write_text(card, encoding='utf-8')
+        (folder / 'trainer').mkdir()
+        torch.save(state, folder / 'trainer' / 'state.pt')
+        hf.write_json(folder / 'trainer' / 'settings.json', {
+            **asdict(s), **asdict(run.model.config), **identity(s, data, batch),
+            'val_loss': val_loss})
+    prune(s.out_dir, s.keep_checkpoints)
+    return f'saved {final}'
 
 
-def save_state(file, state):
-    """torch.save, which has a RuntimeError for what a disk does not take. OSError"""
-    try:
-        with open(file, 'wb') as f:
-            torch.save(state, f)
-    except RuntimeError as e:
-        raise OSError(f'{file}: {e}') from e
+def gather(x, keep):
+    """Return x, nested dicts and lists of tensors, with shards put together on the CPU. All ranks
+    must take part; those that do not keep the result save its memory."""
+    if isinstance(x, dict):
+        return {name: gather(value, keep) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [gather(value, keep) for value in x]
+    if not hasattr(x, 'full_tensor'):
+        return x
+    x = whole(x)
+    if keep:
+        return x.to('cpu', copy=True)               # its storage may have padding
+    return None
 
 
-class Writer:
-    """Writes in the background, one checkpoint at a time. As a context it waits at the end for
-    the one that is being written, however the end came."""
-
-    def __init__(self):
-        self.pool = ThreadPoolExecutor(1)
-        self.job = None
-
-    def start(self, *args):
-        """write(*args), after the one before"""
-        assert self.job is None, 'finish the one before first'
-        self.job = self.pool.submit(write, *args)
-
-    def finish(self):
-        """Waits -> the line of write, or None where nothing was being written. Raises what the
-        writing raised, whatever it was: a checkpoint that is missing is never silent"""
-        if self.job is None:
-            return None
-        job = self.job
-        self.job = None
-        return job.result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        try:
-            self.finish()
-        except Exception as e:
-            if error is None:
-                raise
-            log.warning(f'{type(e).__name__}: {e}')     # what ended the run comes first
-        finally:
-            self.pool.shutdown()
+def prune(out_dir, keep):
+    """Keep the newest checkpoints (0: all), and the one with the lowest validation loss."""
+    everything = checkpoints(out_dir)
+    losses = {}
+    for checkpoint in everything:
+        with contextlib.suppress(OSError, ValueError):      # an old one that is damaged
+            loss = read_settings(checkpoint).get('val_loss')
+            if loss is not None and math.isfinite(loss):
+                losses[checkpoint] = loss
+    best = min(reversed(losses), key=losses.get, default=None)
+    for checkpoint in everything[:-keep]:
+        if keep > 0 and checkpoint != best:
+            shutil.rmtree(checkpoint)
 
 
-# --------------------------------------------------------------------------------- reading
-
-def load_training_state(checkpoint, optimizer, scaler, device, part):
-    """Puts back what training_state had -> the progress. part: cuts a whole tensor to what
-    this rank has of another one"""
-    file = checkpoint / 'trainer' / 'state.pt'
-    try:
-        state = torch.load(file, map_location='cpu', weights_only=True)     # executes nothing
-    except Exception as e:                                  # whatever its layers raise
-        reason = str(e).strip().split('\n')[0]
-        raise OSError(f'{file} cannot be read: {type(e).__name__}: {reason}') from e
-    parameters = [p for group in optimizer.param_groups for p in group['params']]
-    for i, p in enumerate(parameters):
-        own = state['optimizer']['state'].get(i, {})
-        for name, tensor in own.items():
-            if tensor.shape == p.shape:
-                own[name] = part(tensor, p)
-    optimizer.load_state_dict(state.pop('optimizer'))
-    scaler.load_state_dict(state.pop('scaler'))
-    random_numbers = state.pop('rng')
-    torch.set_rng_state(random_numbers['cpu'])
-    if device.type in random_numbers and device.type != 'cpu':
-        torch.get_device_module(device).set_rng_state(random_numbers[device.type])
-    state.pop('version', None)
-    return state
+def clear(out_dir, step):
+    """Remove what a run that starts behind this step will write again."""
+    for checkpoint in checkpoints(out_dir):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    for leftover in Path(out_dir).glob('.step-*.tmp'):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,82 +1,70 @@
-"""Hugging Face's format: config.json <-> Config, safetensors <-> parameters. (What else is in a
-model's folder is in folders.py, which needs no torch.)
+"""Hugging Face's format: a folder that is a model.
 
-Three classes of transformers are what our models are there: Llama, Glm4Moe and DeepseekV3; more
-can be read (kinds.py). Nothing in a folder is executed, and pickles are not read.
+    config.json                     the architecture
+    model.safetensors               the weights by name
+    model.safetensors.index.json    the file of each tensor, if there are several files
+    tokenizer.json, ...             the tokenizer, and how to generate
+    README.md                       the model card
+
+The models are transformers' Llama, Glm4Moe and DeepseekV3. Nothing in a folder is executed.
 """
-import logging
+import json
 import re
 import shutil
-from contextlib import suppress
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanoseek.folders import read_json, write_json
-from nanoseek.kinds import (ALIASES, CLASSES, DIFFERENT, EVERY_DEFAULT, INDEXED, OURS,
-                            READABLE)
-from nanoseek.unmapped import UnmappedSafetensors
+from model import Config, Transformer
 
-log = logging.getLogger(__name__)               # a warning is a line on stderr
+# Files that a model hands on to the models made from it
+COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
+              'chat_template.jinja')
+MODEL_FILES = ['config.json', 'model*.safetensors*', 'tokenizer.json', *COMPANIONS]
 
-# ------------------------------------------------------------------------------ config.json
+
+def hub_folder(name, files=MODEL_FILES):
+    """Return the Path of a folder; download the files if name is a repository on the Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+    except Exception as e:                          # huggingface_hub has errors of many kinds
+        raise ValueError(f"'{name}' is not a folder, and not available on the Hub: {e}") from e
+
+
+def read_json(file):
+    """Return the dict in a JSON file. ValueError names a damaged file."""
+    try:
+        return json.loads(Path(file).read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise ValueError(f'{file} is damaged: {e}') from e
+
+
+def write_json(file, values):
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    Path(file).write_text(f'{text}\n', encoding='utf-8')
+
+
+CLASSES = {'llama': 'LlamaForCausalLM', 'glm4_moe': 'Glm4MoeForCausalLM',
+           'deepseek_v3': 'DeepseekV3ForCausalLM'}      # model_type: its class in transformers
+OURS = 'nanoseek_'      # prefix of the model_type if transformers does not have the attention
 
 MLA_KEYS = {'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim'}
 MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok',
             'moe_intermediate_size', 'first_k_dense_replace', 'n_group', 'topk_group',
             'norm_topk_prob', 'routed_scaling_factor'}
 
-# null says: none, or what follows from the rest
-NULLABLE = {'head_dim', 'num_key_value_heads', 'q_lora_rank', 'rope_scaling', 'bos_token_id',
-            'eos_token_id', 'num_nextn_predict_layers'}
-
-# What our models are, whatever their settings
+# Keys, and the only value they have in our models
 FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
-         'attention_dropout': 0.0}
-
-# What a config.json may say of a model that ours can represent
+         'attention_dropout': 0.0}                  # these are also written
 ONLY = {**FIXED, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
-        'topk_method': 'noaux_tc', 'sliding_window': None, 'truncate': True}
-
-
-def config_json(config):
-    """Config -> the dict of config.json, with the keys that transformers 4 and 5, vLLM and
-    llama.cpp read."""
-    mla = config.attention == 'mla'
-    moe = config.n_routed_experts > 0
-    values = asdict(config)
-    if mla:
-        del values['head_dim']
-        values['num_key_value_heads'] = config.num_attention_heads
-        values['rope_interleave'] = True
-        if not moe:                         # a dense one has nothing but leading dense layers
-            layers = config.num_hidden_layers + config.num_nextn_predict_layers
-            values['first_k_dense_replace'] = layers
-            values['n_routed_experts'] = 2
-    else:
-        for name in MLA_KEYS:
-            del values[name]
-        if not moe:
-            for name in MOE_KEYS:
-                del values[name]
-    if mla or moe:                          # vLLM and llama.cpp route otherwise without these
-        values['scoring_func'] = 'sigmoid'
-        values['topk_method'] = 'noaux_tc'
-    kind = model_type(config)
-    rope = {'rope_type': 'default'}
-    if config.rope_scaling:
-        rope.update(config.rope_scaling)
-    rope['rope_theta'] = config.rope_theta
-    if kind == 'glm4_moe':                  # whose default is a half
-        rope['partial_rotary_factor'] = 1.0
-        values['partial_rotary_factor'] = 1.0
-    values.update(FIXED)
-    values['model_type'] = kind
-    values['architectures'] = [architecture_class(config)]
-    values['rope_parameters'] = rope
-    return values
+        'topk_method': 'noaux_tc', 'sliding_window': None, 'truncate': True,
+        'rope_interleave': True, 'quantization_config': None}
 
 
 def model_type(config):
@@ -84,385 +72,252 @@ def model_type(config):
         return 'deepseek_v3'
     if config.attention != 'gqa':
         return OURS + config.attention
-    if config.n_routed_experts:
-        return 'glm4_moe'
-    return 'llama'
+    return 'glm4_moe' if config.n_routed_experts else 'llama'
 
 
 def architecture_class(config):
-    """The class of transformers that the model is, or for linear attention a name of ours."""
+    """Return the name of the model's class in transformers, or OURS if it has none."""
     return CLASSES.get(model_type(config), OURS)
 
 
-def config_fields(values, names):
-    """config.json's dict -> {name: value} for the fields of Config that names lists, where it
-    says them. ValueError that names what our models cannot represent."""
-    kind = values.get('model_type')
-    attention, defaults = readable(kind)
-    rope = rope_settings(values)
-    values = {**defaults, **with_our_names(values), **rope}
-    refuse_quantised(values)
-    for name, value in ONLY.items():
-        if values.get(name, value) != value:
-            raise ValueError(f'{name}={values[name]!r}: this model can represent {value!r} only')
-    found = {}
-    for name in names:
-        if values.get(name) is not None:
-            found[name] = values[name]
-        elif name in values and name not in NULLABLE:
-            raise ValueError(f'{name} is null')
-    for name in ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads'):
-        if name not in found:                       # of a kind of ours, which has no defaults
-            raise ValueError(f'{name} is missing')
-    found['attention'] = attention
-    if values.get('mlp_layer_types'):
-        found['first_k_dense_replace'] = leading_dense(values['mlp_layer_types'])
-    layers = found['num_hidden_layers'] + found.get('num_nextn_predict_layers', 0)
-    if found.get('first_k_dense_replace', 0) >= layers:
-        found['n_routed_experts'] = 0
-    if found.get('n_routed_experts', 0) == 0:
-        found['first_k_dense_replace'] = 0
-    found.pop('rope_scaling', None)
-    scaling = rope_scaling(rope, found.get('max_position_embeddings'))
-    if scaling:
-        found['rope_scaling'] = scaling
-    if kind in INDEXED and values['index_topk'] < found['max_position_embeddings']:
-        found['max_position_embeddings'] = values['index_topk']     # from there on it is another
-    return found
+def config_json(config):
+    """Return the dict of config.json, as transformers 4 and 5, vLLM and llama.cpp read it."""
+    kind = model_type(config)
+    rope = {'rope_type': 'default', **(config.rope_scaling or {}), 'rope_theta': config.rope_theta}
+    values = {**asdict(config), **FIXED, 'model_type': kind,
+              'architectures': [architecture_class(config)], 'rope_parameters': rope}
+    absent = MLA_KEYS if config.n_routed_experts else MLA_KEYS | MOE_KEYS
+    if kind == 'glm4_moe':
+        rope['partial_rotary_factor'] = values['partial_rotary_factor'] = 1.0   # default: a half
+    if kind == 'deepseek_v3':
+        absent = {'head_dim'}
+        values['num_key_value_heads'] = config.num_attention_heads
+        if not config.n_routed_experts:             # experts would start after the last layer
+            layers = config.num_hidden_layers + config.num_nextn_predict_layers
+            values.update(first_k_dense_replace=layers, n_routed_experts=2)
+    if 'n_routed_experts' not in absent:            # vLLM and llama.cpp have other defaults
+        values.update(scoring_func='sigmoid', topk_method='noaux_tc')
+    return {name: value for name, value in values.items() if name not in absent}
 
 
-def readable(kind):
-    """model_type -> the attention of such a model, what its config.json means without a key"""
-    if str(kind).startswith(OURS):
-        return kind.removeprefix(OURS), EVERY_DEFAULT
-    if kind in DIFFERENT:
-        raise ValueError(f'model_type={kind!r} is another model: {DIFFERENT[kind]}')
-    if kind not in READABLE:
-        known = ', '.join(READABLE)
-        raise ValueError(f'model_type={kind!r}: must be one of {known}')
-    return READABLE[kind]
-
-
-def with_our_names(values):
-    """A config.json's dict, with our keys for those of other names"""
-    found = {}
-    for name, value in values.items():
-        if ALIASES.get(name, name) not in values:
-            name = ALIASES[name]
-        found[name] = value
-    return found
-
-
-def leading_dense(kinds):
-    """mlp_layer_types, 'dense' or 'sparse' for each layer -> how many dense ones lead"""
-    count = kinds.count('dense')
-    if kinds != ['dense'] * count + ['sparse'] * (len(kinds) - count):
-        raise ValueError('mlp_layer_types: dense layers behind sparse ones are not supported')
-    return count
-
-
-def refuse_quantised(values):
-    quantised = values.get('quantization_config')
-    if quantised is not None:
-        method = quantised.get('quant_method')
-        raise ValueError(f'quantization_config: quantised weights ({method}) are not read: '
-                         'convert them to bfloat16 first')
-
-
-def rope_settings(values):
-    """What config.json says of RoPE: in rope_scaling as transformers 4 wrote it, which comes first
-    in transformers 5 too, or in rope_parameters. original_max_position_embeddings may be beside."""
-    rope = dict(values.get('rope_scaling') or values.get('rope_parameters') or {})
-    for name, value in rope.items():
-        if isinstance(value, dict):
-            raise ValueError(f'RoPE of its own for {name}: in this model all layers have the same')
-    if rope.get('mrope_section') is not None:
-        raise ValueError('mrope_section: RoPE over images and videos is not supported')
-    beside = values.get('original_max_position_embeddings')
-    if beside is not None:
-        rope['original_max_position_embeddings'] = beside
-    return rope
-
-
-def rope_scaling(rope, context):
-    """rope_settings' dict, max_position_embeddings -> Config.rope_scaling, or None for the
-    default RoPE."""
-    kind = rope.get('rope_type') or rope.get('type') or 'default'
-    if kind == 'default':
-        return None
-    if kind == 'deepseek_yarn':                     # as Sarvam's first config.json calls it
-        kind = 'yarn'
-    other = ('rope_theta', 'partial_rotary_factor', 'type')
-    scaling = {**{k: v for k, v in rope.items() if k not in other}, 'rope_type': kind}
-    if kind in ('llama3', 'yarn') and context is not None:
-        scaling.setdefault('original_max_position_embeddings', context)     # as transformers does
-    return scaling
-
-
-def read_config(config_class, directory, **overrides):
-    """A model's folder -> its Config. overrides: fields that are to be others"""
-    file = Path(directory) / 'config.json'
+def read_config(folder, **overrides):
+    """Return the Config of a model's folder, with overrides in place of some fields."""
+    file = Path(folder) / 'config.json'
     values = read_json(file)
     try:
-        found = config_fields(values, [field.name for field in fields(config_class)])
-        return config_class(**{**found, **overrides})
-    except (ValueError, TypeError, AttributeError) as e:
+        return Config(**{**config_fields(values), **overrides})
+    except (ValueError, TypeError) as e:
         raise ValueError(f'{file}: {e}') from e
 
 
-# ------------------------------------------------------------------------------ safetensors
+def config_fields(values):
+    """Turn the dict of config.json into Config's fields. null means the same as no key."""
+    # transformers 5 has rope_parameters, with RoPE's theta; 4 had rope_scaling beside rope_theta
+    rope = values.get('rope_scaling') or values.get('rope_parameters') or {}
+    kind = str(values.get('model_type'))
+    if kind not in CLASSES and not kind.startswith(OURS):
+        raise ValueError(f'model_type={kind!r}: must be one of {", ".join(CLASSES)}')
+    attention = {'llama': 'gqa', 'glm4_moe': 'gqa', 'deepseek_v3': 'mla'}.get(kind)
+    values = {**values, **rope, 'attention': attention or kind.removeprefix(OURS)}
+    for name, only in ONLY.items():
+        if values.get(name, only) != only:
+            raise ValueError(f'{name}={values[name]!r}: only {only!r} is supported')
+    given = {'tie_word_embeddings': False}
+    for field in fields(Config):
+        if values.get(field.name) is not None:
+            given[field.name] = values[field.name]
+    for name in ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads'):
+        if name not in given:
+            raise ValueError(f'{name} is missing')
+    kind = rope.get('rope_type') or rope.get('type') or 'default'
+    other = ('type', 'rope_theta', 'partial_rotary_factor')
+    scaling = {name: value for name, value in rope.items() if name not in other}
+    original = 'original_max_position_embeddings'
+    if kind in ('llama3', 'yarn'):
+        scaling[original] = values.get(original) or values.get('max_position_embeddings')
+    given['rope_scaling'] = None if kind == 'default' else {**scaling, 'rope_type': kind}
+    layers = given['num_hidden_layers'] + given.get('num_nextn_predict_layers', 0)
+    if given.get('first_k_dense_replace', 0) >= layers:
+        given.update(n_routed_experts=0, first_k_dense_replace=0)
+    return given
 
-INDEX = 'model.safetensors.index.json'
+
+def disk_views(state):
+    """Return {name on disk: view} of a state_dict's tensors. In memory, a layer's experts are
+    stacked (E, ...), to be multiplied at once; on disk, each has three matrices."""
+    views = {}
+    for name, tensor in state.items():
+        stem, _, matrix = name.rpartition('.')
+        if not stem.endswith('mlp.experts'):
+            views[name] = tensor
+        elif matrix == 'down_proj':
+            for e, down in enumerate(tensor):                                       # (D, I)
+                views[f'{stem}.{e}.down_proj.weight'] = down
+        else:
+            for e, (gate, up) in enumerate(tensor.unflatten(1, (2, -1))):           # (I, D) each
+                views[f'{stem}.{e}.gate_proj.weight'] = gate
+                views[f'{stem}.{e}.up_proj.weight'] = up
+    return views
 
 
-class Weights:
-    """The tensors of a model's folder: shapes {name: shape}, and their values."""
-
-    def __init__(self, directory):
-        self.directory = Path(directory)
-        self.files = find_tensors(self.directory)                           # {name: file}
-        self.shapes = {}
-        for file in sorted(set(self.files.values())):
-            with open_safetensors(file) as f:
-                for name in f.keys():
-                    if self.files.get(name) == file:
-                        self.shapes[name] = tuple(f.get_slice(name).get_shape())
-        for name, file in self.files.items():
-            if name not in self.shapes:
-                raise ValueError(f'{file} has no {name}, which {self.directory / INDEX} says '
-                                 'it has')
-
-    def copy_into(self, tensor, name):
-        """Fills tensor with the values of that name. In pieces, from a file opened anew: what
-        it has mapped counts as memory until it is closed."""
-        if self.shapes.get(name) != tuple(tensor.shape):
-            where = self.shapes.get(name, 'in no model*.safetensors')
-            raise ValueError(f'{self.directory}: {name} is {where}, the model wants '
-                             f'{tuple(tensor.shape)}')
-        row = max(tensor.numel() // max(len(tensor), 1), 1)
-        rows = max(2**22 // row, 1)
-        for first in range(0, len(tensor), rows):
-            with open_safetensors(self.files[name]) as f:
-                piece = f.get_slice(name)[first:first + rows]
-                tensor[first:first + rows].copy_(piece)
+def dtype_of(name, dtype):
+    """Return dtype, or float32 for a router's bias: rounded, it would choose other experts."""
+    return torch.float32 if name.endswith('e_score_correction_bias') else dtype
 
 
 def open_safetensors(file):
     try:
-        str(file).encode()
-        return safe_open(file, 'pt')                    # raises if a byte is missing
+        return safe_open(file, 'pt')                # raises if a byte is missing
     except SafetensorError as e:
         raise ValueError(f'{file} is damaged: {e}') from e
-    except (OSError, UnicodeEncodeError):       # it is not there, or the library cannot open it
-        return UnmappedSafetensors(file)
 
 
-def find_tensors(directory):
-    """-> {name: file} of a folder's tensors, as transformers finds them: in model.safetensors,
-    else where the index says, else in a whole set of numbered files."""
-    single = directory / 'model.safetensors'
+def tensor_files(folder):
+    """Return {tensor: file}. As in transformers, a single file precedes those of an index."""
+    single = folder / 'model.safetensors'
+    index = folder / 'model.safetensors.index.json'
     if single.is_file():
-        return names_in([single])
-    if (directory / INDEX).is_file():
-        return names_by_index(directory)
-    sets = {}
-    for file in sorted(directory.glob('model-*-of-*.safetensors')):
-        number = re.fullmatch(r'model-(\d+)-of-(\d+)\.safetensors', file.name)
-        if number:
-            sets.setdefault(int(number[2]), {})[int(number[1])] = file
-    if not sets:
-        raise ValueError(f'{directory} has no model*.safetensors{what_else(directory)}')
-    if len(sets) > 1:
-        raise ValueError(f'{directory} has files of several models (of {sorted(sets)} files '
-                         f'each) and no {INDEX} that says which are meant')
-    (total, files), = sets.items()
-    missing = sorted(set(range(1, total + 1)) - files.keys())
-    if missing:
-        raise ValueError(f'{directory}: file {missing[0]} of the {total} of its model is missing')
-    return names_in(files.values())
+        with open_safetensors(single) as tensors:
+            return dict.fromkeys(tensors.keys(), single)
+    if index.is_file():
+        return {name: folder / file for name, file in read_json(index)['weight_map'].items()}
+    raise ValueError(f'{folder} has no {single.name} and no {index.name}: pickles are not read')
 
 
-def what_else(directory):
-    """A hint at what a folder without our kind of weights holds."""
-    if any(directory.glob('adapter_model*')):
-        return ': it holds an adapter, merge it into its model first'
-    if any(directory.glob('*.bin')) or any(directory.glob('*.pt*')):
-        return ', and pickles are not read: save it with safetensors'
-    if any(directory.glob('*.gguf')):
-        return ', and GGUF files are not read'
-    return ''
-
-
-def names_in(files):
-    found = {}
-    for file in files:
-        with open_safetensors(file) as f:
-            for name in f.keys():
-                if name in found:
-                    raise ValueError(f'{name} is in {found[name].name} and in {file.name}: '
-                                     f'{file.parent} holds files of several models')
-                found[name] = file
-    return found
-
-
-def names_by_index(directory):
-    index = read_json(directory / INDEX)
-    weight_map = index.get('weight_map')
-    if not isinstance(weight_map, dict):
-        raise ValueError(f'{directory / INDEX} is damaged: it has no weight_map')
-    found = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f'{directory / INDEX}: {file!r} is no file beside it')
-        found[name] = directory / file
-    for file in sorted(set(found.values())):
-        if not file.is_file():
-            raise ValueError(f'{directory / INDEX} names {file.name}, which is missing')
-    return found
-
-
-def on_disk(name, tensor):
-    """A tensor of Transformer.state_dict -> [(name in a file, view of the tensor)]: stacked
-    experts are one tensor for each expert and matrix there."""
-    stem, _, kind = name.rpartition('.')
-    if not stem.endswith('mlp.experts'):
-        return [(name, tensor)]
-    found = []
-    for e, weight in enumerate(tensor):
-        if kind == 'gate_up_proj':
-            gate, up = weight.chunk(2)
-            found.append((f'{stem}.{e}.gate_proj.weight', gate))
-            found.append((f'{stem}.{e}.up_proj.weight', up))
-        else:
-            found.append((f'{stem}.{e}.{kind}.weight', weight))
-    return found
-
-
-def named_views(model, state=None):
-    """-> {name in a file: view of a tensor of state}, by default of the model's own"""
-    if state is None:
-        state = model.state_dict()
-    found = {}
-    for name, tensor in state.items():
-        found.update(on_disk(name, tensor))
-    return found
-
-
-def from_pretrained(model_class, config_class, directory, dtype=torch.float32, **overrides):
-    """A folder -> the model in dtype, with one copy of its weights in memory. overrides:
-    fields of the config that are to be others; weights that then do not fit are named."""
-    directory = Path(directory)
-    config = read_config(config_class, directory, **overrides)
-    own_config = read_config(config_class, directory)
-    weights = Weights(directory)
-    values = read_json(directory / 'config.json')
-    if values.get('model_type') in INDEXED:
-        log.warning(f'{directory}: equal to the original up to a context of '
-                    f'{own_config.max_position_embeddings:,} tokens; above that the original '
-                    'attends to some of them only')
-    has_mtp = f'model.layers.{own_config.num_hidden_layers}.eh_proj.weight' in weights.shapes
-    if own_config.num_nextn_predict_layers and not has_mtp:
-        own_config = replace(own_config, num_nextn_predict_layers=0)
-        if 'num_nextn_predict_layers' not in overrides:
-            log.warning(f'{directory}: config.json promises MTP layers that no file has: loaded '
-                        'without')
-            config = replace(config, num_nextn_predict_layers=0)
+def from_pretrained(folder, dtype=torch.float32, **overrides):
+    """Return the model in a folder. overrides: fields of Config to replace. ValueError names a
+    tensor that is missing, has another shape, or has no place in the model."""
+    folder = Path(folder)
+    files = tensor_files(folder)
+    config = read_config(folder, **overrides)
+    promised = config.num_nextn_predict_layers and 'num_nextn_predict_layers' not in overrides
+    if promised and f'model.layers.{config.num_hidden_layers}.eh_proj.weight' not in files:
+        print(f'{folder} lacks the MTP layers that its config.json names', file=sys.stderr)
+        config = replace(config, num_nextn_predict_layers=0)
     with torch.device('meta'):
-        model = model_class(config)
-    check_leftovers(model, own_config, model_class, weights)
-
-    state = {}
-    for name, empty in model.state_dict().items():
-        own_dtype = dtype
-        if name.endswith('e_score_correction_bias'):
-            own_dtype = torch.float32
-        state[name] = torch.empty(empty.shape, dtype=own_dtype)
-        for disk_name, part in on_disk(name, state[name]):
-            weights.copy_into(part, disk_name)
-    if config.attention == 'mla' and not rope_is_interleaved(values):
-        pair_rope_rows(state, config)
+        model = Transformer(config)
+    state = {name: torch.empty(tensor.shape, dtype=dtype_of(name, dtype))
+             for name, tensor in model.state_dict().items()}
+    places = disk_views(state)
+    for file in sorted(set(files.values())):
+        with open_safetensors(file) as tensors:
+            for name in tensors.keys():
+                if name not in places:
+                    # A tied head, an old file's RoPE and unwanted MTP layers are left out
+                    layer = re.match(r'model\.layers\.(\d+)\.', name)
+                    is_mtp = layer and int(layer[1]) >= config.num_hidden_layers
+                    is_head = name == 'lm_head.weight'
+                    if is_mtp or is_head or name.endswith('rotary_emb.inv_freq'):
+                        continue
+                    raise ValueError(f'{file}: {name} has no place in a '
+                                     f'{architecture_class(config)}: this is another model')
+                tensor = tensors.get_tensor(name)
+                place = places.pop(name)
+                if tensor.shape != place.shape:
+                    raise ValueError(f'{file}: {name} is {tuple(tensor.shape)}, the model needs '
+                                     f'{tuple(place.shape)}')
+                place.copy_(tensor)
+    if places:
+        raise ValueError(f'{folder} lacks {min(places)}')
     model.load_state_dict(state, assign=True)
     return model
 
 
-def rope_is_interleaved(values):
-    """config.json's dict -> whether RoPE turns pairs (2i, 2i + 1). The indexed kinds always do,
-    whatever their config.json says."""
-    return values.get('model_type') in INDEXED or values.get('rope_interleave', True)
+def save_pretrained(model, folder, dtype=None, shard_bytes=5e9, state=None):
+    """Write config.json and safetensors, several above shard_bytes, and replace those in the
+    folder. dtype: by default the model's. state: a state_dict in place of the model's."""
+    from huggingface_hub import save_torch_state_dict
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config
+    dtype = dtype or model.head.dtype
+    tensors = {}
+    for name, view in disk_views(state or model.state_dict()).items():   # slices are refused
+        tensors[name] = view.to('cpu', dtype_of(name, dtype), copy='.experts.' in name)
+    embedding = tensors['model.embed_tokens.weight']
+    head = tensors.get('lm_head.weight', embedding)
+    for i in range(config.num_nextn_predict_layers):        # published MTP layers bring copies
+        layer = f'model.layers.{config.num_hidden_layers + i}'
+        tensors[f'{layer}.embed_tokens.weight'] = embedding.clone()
+        tensors[f'{layer}.shared_head.head.weight'] = head.clone()
+    if config.attention == 'mla' and head is embedding:     # for engines that tie nothing
+        tensors['lm_head.weight'] = head.clone()
+    save_torch_state_dict(tensors, folder, max_shard_size=int(shard_bytes))
+    name = str(dtype).removeprefix('torch.')
+    values = {**config_json(config), 'dtype': name, 'torch_dtype': name}    # version 5's, 4's
+    write_json(folder / 'config.json', values)
+    for file in folder.glob('model*.safetensors'):
+        shutil.copymode(folder / 'config.json', file)       # safetensors 0.8 leaves 0600
 
 
-def pair_rope_rows(state, config):
-    """Rows that RoPE turns as halves (i, i + dr/2) go to where it turns pairs (2i, 2i + 1)."""
-    dr = config.qk_rope_head_dim
-    for name, tensor in state.items():
-        heads = config.num_attention_heads
-        if name.endswith('kv_a_proj_with_mqa.weight'):
-            heads = 1
-        elif not name.endswith(('q_proj.weight', 'q_b_proj.weight')):
-            continue
-        turned = tensor.unflatten(0, (heads, -1))[:, -dr:]                  # (heads, dr, in)
-        pairs = turned.unflatten(1, (2, dr // 2)).transpose(1, 2).flatten(1, 2)
-        turned.copy_(pairs)
+def read_companions(folder):
+    files = [Path(folder) / name for name in COMPANIONS]
+    return {file.name: file.read_text(encoding='utf-8') for file in files if file.is_file()}
 
 
-def check_leftovers(model, own_config, model_class, weights):
-    """ValueError for a tensor that the folder's own model has no place for: it would be
-    another model, and ours would give other logits without a word."""
-    known = set(named_views(model))
-    if own_config != model.config:                      # the caller asked for another model
-        with torch.device('meta'):
-            known |= set(named_views(model_class(own_config)))
-    kind = read_json(weights.directory / 'config.json').get('model_type')
-    indexed = kind in INDEXED
-    for name in weights.shapes:
-        layer = re.match(r'model\.layers\.\d+\.', name)
-        mtp = layer is not None and f'{layer[0]}eh_proj.weight' in weights.shapes
-        harmless = name == 'lm_head.weight' or name.endswith('rotary_emb.inv_freq')
-        indexer = indexed and '.self_attn.indexer.' in name
-        if name not in known and not mtp and not harmless and not indexer:
-            raise ValueError(f'{weights.directory}: {name} has no place in a '
-                             f'{architecture_class(own_config)}: this is another model')
+def write_companions(folder, tokenizer, config, companions):
+    """Write tokenizer.json, from a tokenizers.Tokenizer, and the files that say how to use a model.
+    Companions are kept, except for keys that make transformers 4 and 5 encode differently."""
+    folder = Path(folder)
+    (folder / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
+    for name in ('special_tokens_map.json', 'chat_template.jinja'):
+        if name in companions:
+            (folder / name).write_text(companions[name], encoding='utf-8')
+    added = tokenizer.get_added_tokens_decoder()
+    tokenizer_config = {
+        **json.loads(companions.get('tokenizer_config.json', '{}')),
+        'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+        'add_bos_token': False, 'add_eos_token': False,
+        'model_max_length': config.max_position_embeddings,
+        'added_tokens_decoder': {i: token.__getstate__() for i, token in added.items()}}
+    generation_config = {'do_sample': True, 'temperature': 0.8,
+                         **json.loads(companions.get('generation_config.json', '{}'))}
+    if config.bos_token_id is not None:
+        tokenizer_config.setdefault('bos_token', tokenizer.id_to_token(config.bos_token_id))
+        generation_config['bos_token_id'] = config.bos_token_id
+    if config.stop_ids:
+        tokenizer_config.setdefault('eos_token', tokenizer.id_to_token(config.stop_ids[0]))
+    if stops := all_stop_ids(config, generation_config):
+        generation_config['eos_token_id'] = stops
+    write_json(folder / 'tokenizer_config.json', tokenizer_config)
+    write_json(folder / 'generation_config.json', generation_config)
 
 
-def snapshot(model, dtype=None, state=None):
-    """-> copies on the CPU of all that a folder's safetensors hold. dtype: theirs by default;
-    the routers' biases stay float32. state: a state_dict in the place of the model's own"""
-    views = named_views(model, state)
-    if dtype is None:
-        dtype = model.head.dtype
-    embedding = views['model.embed_tokens.weight']
-    head = views.get('lm_head.weight', embedding)
-    for i in range(model.config.num_hidden_layers, len(model.model.layers)):
-        # published MTP layers bring these two
-        views[f'model.layers.{i}.embed_tokens.weight'] = embedding
-        views[f'model.layers.{i}.shared_head.head.weight'] = head
-    if model.config.attention == 'mla':
-        views['lm_head.weight'] = head                  # for engines that tie nothing
-    copies = {}
-    for name, tensor in views.items():
-        own_dtype = dtype
-        if name.endswith('e_score_correction_bias'):
-            own_dtype = tensor.dtype
-        copies[name] = tensor.to('cpu', own_dtype, copy=True)
-    return copies
+def stop_ids(folder, config):
+    """Return the ids at which generation with the model in a folder ends."""
+    file = Path(folder) / 'generation_config.json'
+    return all_stop_ids(config, read_json(file) if file.is_file() else {})
 
 
-def save_pretrained(model, directory, dtype=None, shard_bytes=5e9, state=None):
-    """Writes config.json and safetensors, several above shard_bytes, and removes those of an
-    earlier model. state: what snapshot returned before, which is written instead"""
-    from huggingface_hub import save_torch_state_dict       # removes them
-    directory = Path(directory)
-    if state is None:
-        state = snapshot(model, dtype)
-    directory.mkdir(parents=True, exist_ok=True)
-    if (directory / INDEX).exists():
-        (directory / INDEX).unlink()
-    save_torch_state_dict(state, directory, max_shard_size=int(shard_bytes))
-    values = config_json(model.config)
-    saved_dtype = str(state['model.norm.weight'].dtype).removeprefix('torch.')
-    values['dtype'] = saved_dtype
-    values['torch_dtype'] = saved_dtype
-    write_json(directory / 'config.json', values, indent=2)
-    for file in directory.glob('model*.safetensors'):
-        with suppress(OSError):         # a drive without modes; safetensors 0.8 leaves 0600
-            shutil.copymode(directory / 'config.json', file)
+def all_stop_ids(config, generation_config):
+    other = replace(config, eos_token_id=generation_config.get('eos_token_id'))
+    return list(dict.fromkeys(config.stop_ids + other.stop_ids))
+
+
+def model_card(s, model, data, step, losses, world):
+    """Return the text of README.md. s: train.py's Settings; world: the number of ranks."""
+    from nanoseek.cost import architecture, parameter_table     # which imports this file
+    kind = architecture_class(model.config)
+    table = parameter_table(model)
+    tokens = step * (s.global_batch_size or s.batch_size * world) * s.block_size
+    sources = []
+    for source, share in data.sources.values():
+        origin = source.meta['source']
+        sources.append(f'{share:.1%} {origin["name"]} ({origin["license"]})')
+    results = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+    return f"""\
+---
+library_name: {'nanoseek' if kind == OURS else 'transformers'}
+tags: [nanoseek]
+---
+# {Path(s.out_dir).name}, step {step:,}
+
+{kind}: {architecture(model.config)}, context {model.config.max_position_embeddings:,}.
+{table['total']:,} parameters, {table['active']:,} active per token.
+
+- started from: {s.init_from or 'random weights'}
+- data: {' + '.join(sources)}, tokenizer {source.meta['tokenizer']['name']}
+- tokens seen: {tokens:,}
+- losses: {results or 'not evaluated yet'}
+- command: `{' '.join(sys.argv)}`, ranks: {world}
+"""

@@ -1,9 +1,7 @@
 """Operations that have one plain meaning and a fast form.
 
-The indented line in a docstring says in plain PyTorch what is computed, and test_model.py
-compares the operation with exactly that line in float64. What stands here for the sake of a
-device, a dtype or torch.compile is nothing that the architecture in model.py needs to know.
-The dims in shape comments are those of model.py.
+The indented line in a docstring is the operation in plain PyTorch; tests/test_ops.py compares
+both. Special cases for a device, a dtype or torch.compile are here only. Dims are model.py's.
 """
 import contextlib
 import functools
@@ -16,43 +14,38 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
 def compute_dtype(x):
-    """The dtype that autocast would give x, for operations that autocast does not know."""
+    """Return the dtype that autocast would give x, for operations that autocast does not know."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def without_autocast(x):
-    """A context in which operations on tensors like x keep their own dtype."""
-    if x.is_meta:               # which knows no autocast
+    """Return a context in which operations on tensors like x keep their dtype."""
+    if x.is_meta:               # autocast does not know meta tensors
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def decoding_kernels(rows):
-    """A context for the forward pass of so many tokens: for a single one, oneDNN's matmuls
-    are slower on a CPU than torch's own matrix-vector products."""
-    enabled = None                  # as it is
-    if rows == 1:
-        enabled = False
+    """A context for a forward pass of so many tokens: on a CPU, oneDNN is slow for one."""
+    enabled = False if rows == 1 else None      # None: unchanged
     return torch.backends.mkldnn.flags(enabled, None, None, None)
 
 
-# ------------------------------------------------------------------------------- attention
-
 QUERIES_OF_A_BLOCK = 128
 FEW_QUERIES = 8                     # a token and its drafts
-SHORT_CONTEXT = 512                 # up to here matmuls beat the fused kernel of a CPU
+SHORT_CONTEXT = 512                 # up to here, matmuls beat the fused kernel on a CPU
 
 
 def attention(q, k, v, scale, mask=None):
-    """Softmax attention, causal unless a mask of document_mask is given instead.
+    """Softmax attention, causal unless a mask from document_mask is given.
 
         (q @ k.mT * scale + mask).softmax(-1) @ v
 
-    q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv). Each key head serves
-    H / G query heads in a row. Queries are the last T of S positions: query t sees the keys
-    up to S - T + t. Before old keys (T < S), the mask must be None.
+    q (B, H, T, d), k (B, G, S, d), v (B, G, S, dv) -> (B, H, T, dv). Each key head serves H / G
+    consecutive query heads. Queries are the last T of S positions: query t sees keys up to
+    S - T + t. With old keys (T < S), the mask must be None.
     """
     T, d = q.shape[-2:]
     S, dv = v.shape[-2:]
@@ -70,8 +63,7 @@ def attention(q, k, v, scale, mask=None):
 
 
 def attention_of_few_queries(q, k, v, scale):
-    """attention() for few tokens in decoding: the H / G heads that share a key are so many more
-    queries of one head."""
+    """attention() for a few tokens: the H / G heads that share a key become queries of one head."""
     B, H, T, d = q.shape
     G, S = k.shape[1:3]
     mask = None
@@ -83,68 +75,58 @@ def attention_of_few_queries(q, k, v, scale):
 
 
 def attention_in_blocks(q, k, v, scale, mask=None):
-    """attention() by plain matmuls. A block of queries takes only the keys that its last
-    query may see, so that nearly half of the causal square is never computed."""
+    """attention() by matmuls: a block of queries takes only the keys that its last query sees."""
     B, H, T, d = q.shape
     G, S = k.shape[1:3]
     if mask is None:
         mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device).triu(S - T + 1)
-    block = T
-    softmax_dtype = torch.float32
-    if T == S:
-        block = QUERIES_OF_A_BLOCK
-        softmax_dtype = None                    # in training, float32 would cost too much
+    block = QUERIES_OF_A_BLOCK if T == S else T
+    softmax_dtype = None if T == S else torch.float32       # costs too much in training
     q = q * scale
     outputs = []
-    for i, (queries, own_mask) in enumerate(zip(q.split(block, 2), mask.split(block, -2))):
+    for i, (queries, rows_mask) in enumerate(zip(q.split(block, 2), mask.split(block, -2))):
         end = S - T + (i + 1) * block
         queries = queries.reshape(B, G, -1, d)                         # (B, G, H/G*block, d)
         scores = (queries @ k[:, :, :end].mT).view(B, H, -1, min(end, S))
-        scores = scores + own_mask[..., :end]                             # (B, H, block, end)
-        weights = scores.softmax(-1, dtype=softmax_dtype).to(v.dtype)
-        weights = weights.view(B, G, -1, weights.shape[-1])
+        scores = scores + rows_mask[..., :end]                             # (B, H, block, end)
+        weights = scores.softmax(-1, dtype=softmax_dtype).to(v.dtype).view(B, G, -1, min(end, S))
         outputs.append((weights @ v[:, :, :end]).view(B, H, -1, v.shape[-1]))
     return torch.cat(outputs, 2)                                              # (B, H, T, dv)
 
 
-def document_mask(documents, dtype, flex=None):
-    """The mask with which attention() lets a token see the past of its own document only.
+def document_mask(documents, dtype):
+    """Return the mask that makes attention() see the past of each token's document only.
 
         same = documents[:, None, :, None] == documents[:, None, None, :]
         torch.where(same.tril(), 0.0, -math.inf)
 
-    documents (B, T): the number of each token's document. -> additive (B, 1, T, T) in dtype,
-    or on a GPU (flex) a FlexAttention function, which never makes the square.
+    documents (B, T): the number of each token's document -> additive (B, 1, T, T) in dtype. On a
+    GPU it is a FlexAttention function, which never makes the square.
     """
-    if flex is None:
-        flex = documents.is_cuda
-    if flex:
+    if documents.is_cuda:
         return flex_document_mask(documents)
     same = documents[:, None, :, None] == documents[:, None, None, :]         # (B, 1, T, T)
     return torch.where(same.tril(), 0.0, -math.inf).to(dtype)
 
 
 def flex_document_mask(documents):
-    """The same as a function of q, k, v that attention() calls."""
+    """document_mask() as a function of q, k, v that attention() calls"""
     def visible(b, h, t, s):
         return (s <= t) & (documents[b, t] == documents[b, s])
 
     B, T = documents.shape
     block_mask = create_block_mask(visible, B, None, T, T, documents.device)
-    call = flex_attention
-    if documents.is_cuda and not torch.compiler.is_compiling():
-        call = torch.compile(flex_attention)            # eager, it would make the square
+    eager = documents.is_cuda and not torch.compiler.is_compiling()
+    call = torch.compile(flex_attention) if eager else flex_attention   # eager, it makes the square
     return functools.partial(call, block_mask=block_mask)
 
 
-# --------------------------------------------------------------------------------- experts
-
 class Dispatch(NamedTuple):
-    """The N * K choices of N tokens, sorted by expert into M rows: M = N * K, or more where
-    gaps stand between the experts."""
-    source: torch.Tensor    # (M,) the choice in a row, token * K + k; a gap holds choice 0
+    """The N * K choices of N tokens, sorted by expert into M rows. M is N * K, or more if there are
+    gaps between the experts."""
+    source: torch.Tensor    # (M,) the choice in each row, token * K + k; 0 in a gap
     row: torch.Tensor       # (N, K) the row of each choice
-    ends: torch.Tensor      # (E,) int32, where each expert's rows end
+    ends: torch.Tensor      # (E,) int32, the end of each expert's rows
     load: torch.Tensor      # (E,) how many tokens chose each expert
 
     def gather(self, x):
@@ -155,7 +137,7 @@ class Dispatch(NamedTuple):
         return GatherRows.apply(x, self.source // self.row.shape[1], self.row)
 
     def gather_weights(self, weights):
-        """weights (N, K) -> (M, 1), which are 0 in gaps:
+        """weights (N, K) -> (M, 1), 0 in gaps:
 
             zeros(M).scatter(0, row.flatten(), weights.flatten())
         """
@@ -173,12 +155,11 @@ class Dispatch(NamedTuple):
 
 
 def sort_by_expert(ids, E):
-    """ids (N, K) of the chosen experts -> Dispatch. Nothing waits for the GPU: all shapes
-    follow from N, K and E alone."""
+    """ids (N, K) of the chosen experts -> Dispatch. Shapes depend on N, K and E only, so nothing
+    waits for a GPU."""
     N, K = ids.shape
     expert, order = ids.flatten().sort(stable=True)                            # (N*K,) each
-    experts = torch.arange(E, device=ids.device)
-    ends = torch.searchsorted(expert, experts, right=True)                            # (E,)
+    ends = torch.searchsorted(expert, torch.arange(E, device=ids.device), right=True)       # (E,)
     load = ends.diff(prepend=ends.new_zeros(1))
     multiple = rows_multiple(ids, E)
     M = (N * K + E * (multiple - 1)) // multiple * multiple
@@ -193,17 +174,16 @@ def sort_by_expert(ids, E):
 
 
 def rows_multiple(ids, E):
-    """Each expert gets a multiple of so many rows. oneDNN compiles a matmul for every new
-    number of rows, half a millisecond and half a megabyte each: gaps leave few of them."""
+    """Return a number of which each expert's rows are a multiple. On a CPU, oneDNN compiles a
+    matmul for every new number of rows, which takes half a millisecond and half a megabyte."""
     if ids.device.type == 'cpu' and ids.numel() > 64 * E:
         return 64 * max(ids.numel() // E // 512, 1)
     return 1
 
 
 class GatherRows(torch.autograd.Function):
-    """x[index], where copies (len(x), n) are the n places that each row of x went to. So the
-    gradient is a gather as well: autograd's own adds into rows, which is slow on a CPU and in
-    no fixed order on a GPU."""
+    """x[index]. copies (len(x), n): where each row of x went, so that the gradient is a gather too.
+    Autograd's would add into rows: slow on a CPU, in no fixed order on a GPU."""
     @staticmethod
     def forward(ctx, x, index, copies):
         ctx.save_for_backward(copies)
@@ -220,26 +200,26 @@ def grouped_linear(x, weight, ends):
 
         torch.cat([F.linear(rows, w) for rows, w in zip(x.tensor_split(ends[:-1]), weight)])
 
-    x (M, in) sorted by group, weight (E, out, in), ends (E,) int32: where each group's rows
-    end, the last one M -> (M, out)
+    x (M, in) sorted by group, weight (E, out, in), ends (E,) int32: the end of each group's rows,
+    M for the last -> (M, out)
     """
     aligned = all(n * x.element_size() % 16 == 0 for n in weight.shape[1:])
     known = x.device.type in ('cpu', 'cuda', 'meta')
     eager_or_bfloat16 = x.dtype == torch.bfloat16 or not torch.compiler.is_compiling()
     if aligned and known and eager_or_bfloat16:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
-    groups = x.tensor_split(ends[:-1].cpu().long())
-    return torch.cat([F.linear(rows, w) for rows, w in zip(groups, weight)])
+    groups = zip(x.tensor_split(ends[:-1].cpu().long()), weight)
+    return torch.cat([F.linear(rows, w) for rows, w in groups])
 
 
 def few_choices(ids, E):
-    """Whether decoding so few tokens is quicker expert by expert than sorted: no more
-    choices than experts, and where reading an expert's weights needs no copy of them."""
+    """Return whether decoding goes expert by expert: faster than sorting if there are no more
+    choices than experts, and if an expert's weights can be read without a copy."""
     return ids.numel() <= E and (ids.device.type == 'cpu' or torch.compiler.is_compiling())
 
 
 def experts_one_by_one(x, weights, ids, gate_up_proj, down_proj):
-    """The experts for few tokens; reads the weights of the chosen experts only.
+    """The experts for a few tokens; reads the weights of the chosen experts only.
 
         sum(w * F.linear(F.silu(gate) * up, down_proj[e]) for each choice e, w of a token)
 
@@ -260,13 +240,11 @@ def chosen_linear(rows, weight, chosen):
 
     rows (n, in), weight (E, out, in), chosen (n,) -> (n, out)
     """
-    if torch.compiler.is_compiling():           # where weight[chosen] is fused, not copied
+    if torch.compiler.is_compiling():           # fuses weight[chosen], does not copy it
         return (weight[chosen] @ rows[..., None])[..., 0]
     pairs = zip(rows.split(1), chosen.tolist())
     return torch.cat([F.linear(row, weight[e]) for row, e in pairs])
 
-
-# ------------------------------------------------------------------------------------ loss
 
 LOGITS_OF_A_CHUNK = 2**26
 
@@ -276,17 +254,16 @@ def linear_cross_entropy(h, weight, targets):
 
         F.cross_entropy(F.linear(h, weight).float(), targets, ignore_index=-100)
 
-    h (N, D), weight (V, D), targets (N,), below 0: ignored; 0 where all are. The logits
-    exist in chunks of rows, and each chunk leaves its gradients before it goes: nothing is
-    computed twice, and no whole (N, V) is ever in memory.
+    h (N, D), weight (V, D), targets (N,), ignored if below 0; the loss is 0 if all are. Logits
+    exist for a chunk of rows at a time, which turns into gradients at once.
     """
     total = LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled())
     return total / (targets >= 0).sum().clamp(min=1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum instead of the mean. A second backward pass through it is refused by autograd,
-    as the gradients are scaled in place."""
+    """The sum instead of the mean. Gradients are scaled in place, so autograd refuses a second
+    backward pass."""
     @staticmethod
     def forward(ctx, h, weight, targets, with_gradients):
         dtype = compute_dtype(h)
@@ -309,7 +286,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight.add_(of_chunk)
                 del grad, of_chunk
-            del log_p               # or it would be in memory beside that of the next chunk
+            del log_p               # before the next chunk's is made
         if with_gradients:
             ctx.save_for_backward(torch.cat(grads_h), grad_weight)
         return loss
@@ -320,44 +297,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_h.mul_(grad), grad_weight.mul_(grad), None, None
 
 
-def linear_argmax(h, weight):
-    """The first choice of a linear head:
-
-        F.linear(h, weight).argmax(-1)
-
-    h (N, D), weight (V, D) -> (N,). The logits exist in chunks of rows.
-    """
-    chunk = max(LOGITS_OF_A_CHUNK // len(weight), 256)
-    best = [F.linear(x, weight).argmax(-1) for x in h.split(chunk)]
-    return torch.cat(best)
-
-
 def softmax_less_one_hot(log_p, target, counts):
-    """log_p (rows, V), target and counts (rows, 1) -> the gradient of the logits (rows, V),
-    in rows that count. Eager, log_p is overwritten."""
-    if torch.compiler.is_compiling():           # what fuses
+    """log_p (rows, V), target and counts (rows, 1) -> the gradient of the logits (rows, V), right
+    in rows that count. Eager code overwrites log_p."""
+    if torch.compiler.is_compiling():           # this form fuses
         return log_p.exp() - F.one_hot(target[:, 0], log_p.shape[1])
     return log_p.exp_().scatter_add_(1, target, -counts.float())
-
-
-# --------------------------------------------------------------------------------- buffers
-
-def tensors_beside(weight):
-    """A context in which new tensors are made where weight is. A weight on the meta device
-    waits for its values: tables beside it are real already, on the CPU."""
-    if weight.is_meta:
-        return torch.device('cpu')
-    return weight.device
-
-
-def apply_exactly_to_buffers(module, apply, fn):
-    """What nn.Module._apply(fn) does to a module, but no buffer changes its dtype: a model
-    in bfloat16 keeps float32 router biases and rotation angles, to the last bit."""
-    before = [(m, name, b) for m in module.modules() for name, b in m._buffers.items()]
-    apply(fn)
-    for m, name, b in before:
-        moved = m._buffers[name]
-        if b.is_meta:
-            m._buffers[name] = moved.to(b.dtype)
-        else:
-            m._buffers[name] = b.to(moved.device)

@@ -1,104 +1,204 @@
-"""Tests of nanoseek/tokens.py that need no prepare.py: datasets that change while they are opened,
-and file systems that cannot map files. (The order of windows and mixtures: test_prepare.py.)"""
-import errno
+"""Tests of nanoseek/tokens.py: every window once an epoch, the same on any rank and after any
+restart; mixtures against a counter for each source."""
 import hashlib
 import json
-import mmap
-import os
 import shutil
+import zlib
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nanoseek import tokens
+from nanoseek.tokens import (NoDataset, TokenData, open_data, permute, schedule, scramble,
+                             whole_counts)
 
 
-def write_dataset(folder, first, count=600, shard_tokens=250):
-    """As prepare.py has it: ids count up from first. meta.json comes last"""
-    folder.mkdir(exist_ok=True)
-    (folder / 'meta.json').unlink(missing_ok=True)
+def write_dataset(folder, ids, name='numbers'):
+    """Write a dataset of 90, 5 and 5% of ids (N,), as prepare.py does. Return its folder."""
+    folder.mkdir(parents=True)
     (folder / 'tokenizer.json').write_text('{}')
+    ids = np.asarray(ids, '<u2')
     splits = {}
-    for split in ('train', 'val'):
-        ids = np.arange(first, first + count, dtype='<u2')
-        for shard, start in enumerate(range(0, count, shard_tokens)):
-            ids[start:start + shard_tokens].tofile(folder / tokens.file_name(split, shard))
-        splits[split] = {'tokens': count, 'bytes': 2 * count, 'documents': 1}
-    about = {'version': 2, 'dtype': 'uint16', 'eot_id': None, 'vocab_size': 5000,
-             'shard_tokens': shard_tokens, 'source': {'name': 'numbers', 'sha256': str(first)},
-             'tokenizer': {'name': 'none', 'sha256': hashlib.sha256(b'{}').hexdigest()},
-             'splits': splits}
-    (folder / 'meta.json').write_text(json.dumps(about))
+    bounds = [len(ids) * 18 // 20, len(ids) * 19 // 20]
+    for split, part in zip(('train', 'val', 'test'), np.split(ids, bounds)):
+        part.tofile(folder / f'{split}.bin')
+        splits[split] = {'tokens': len(part), 'bytes': 3 * len(part), 'documents': 1}
+    meta = {'version': 2, 'dtype': 'uint16', 'vocab_size': 3000, 'eot_id': None, 'pack': 0,
+            'tokenizer': {'name': 'none', 'sha256': hashlib.sha256(b'{}').hexdigest()},
+            'splits': splits, 'source': {'name': name, 'sha256': f'{ids[:9].tolist()}'}}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return folder
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    write_dataset(tmp_path / 'a', 0)
-    return tmp_path / 'a'
+def ramp(tmp_path):
+    """Return a dataset in which a token tells its place: 1800, 100 and 100 tokens."""
+    return TokenData(write_dataset(tmp_path / 'ramp', range(2000)))
 
 
-def all_ids(data):
-    return {split: ids[:].tolist() for split, ids in data.splits.items()}
+# ------------------------------------------------------------------------ an order for windows
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5, 63, 64, 65, 5000])
+def test_permutation_is_a_bijection(size):
+    for seed in range(5):
+        key = scramble(np.full(size, seed, np.uint64))
+        places = permute(np.arange(size).astype(np.uint64), size, key)
+        assert sorted(places.tolist()) == list(range(size))
 
 
-def test_a_dataset_that_changes_while_it_is_opened_is_refused(dataset, monkeypatch):
-    """Of the same sizes, as of the same text in another order."""
-    original = tokens.open_split
-    calls = []
-
-    def open_split(folder, split, *args):
-        calls.append(split)
-        if split == 'val' and len(calls) == 2:
-            write_dataset(dataset, 1000)
-        return original(folder, split, *args)
-    monkeypatch.setattr(tokens, 'open_split', open_split)
-    with pytest.raises(ValueError, match='is being prepared again'):
-        tokens.TokenData(dataset)
-    assert all_ids(tokens.TokenData(dataset))['val'] == list(range(1000, 1600))
-
-
-@pytest.mark.parametrize('step', ['meta.json gone', 'one file new', 'all but meta.json'])
-def test_a_dataset_that_is_being_prepared_again_is_no_dataset(dataset, tmp_path, step):
-    write_dataset(tmp_path / 'new', 1000)
-    (dataset / 'meta.json').unlink()
-    if step != 'meta.json gone':
-        shutil.copy(tmp_path / 'new/train.bin', dataset)
-    if step == 'all but meta.json':
-        for file in (tmp_path / 'new').glob('*.bin'):
-            shutil.copy(file, dataset)
-    with pytest.raises(tokens.NoDataset, match='no dataset in .*a: run'):
-        tokens.TokenData(dataset)
+def test_an_epoch_has_every_window_once_and_its_own_order_and_phase(ramp):
+    T = 50
+    W = ramp.windows('train', T)
+    assert W == 35
+    orders = set()
+    phases = set()
+    for epoch in range(20):
+        x, y = ramp.batch('train', np.arange(epoch * W, (epoch + 1) * W), T, seed=7)
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (W, T)
+        assert (y == x + 1).all() and (x == x[:, :1] + np.arange(T)).all()
+        starts = sorted(x[:, 0].tolist())
+        assert starts == [min(starts[0] + k * T, 1800 - 1 - T) for k in range(W)]
+        assert starts[0] < T
+        orders.add(tuple(np.argsort(x[:, 0])))
+        phases.add(starts[0])
+    assert len(orders) == 20 and len(phases) > 10
 
 
-@pytest.mark.parametrize('mapped', [True, False])
-def test_a_dataset_that_is_open_stays_what_it_was(dataset, tmp_path, monkeypatch, mapped):
-    """Files get their places by renaming, as prepare.py has it."""
-    class Unmappable(mmap.mmap):
-        def __new__(cls, *args, **kwargs):
-            raise OSError(errno.ENODEV, 'No such device')
-    if not mapped:
-        monkeypatch.setattr(mmap, 'mmap', Unmappable)
-    data = tokens.TokenData(dataset)
-    before = data.batch('train', range(8), 32, 1)
-    write_dataset(tmp_path / 'new', 1000)
-    for file in (tmp_path / 'new').iterdir():
-        file.replace(dataset / file.name)
-    assert all_ids(data) == {'train': list(range(600)), 'val': list(range(600))}
-    after = data.batch('train', range(8), 32, 1)
-    assert np.array_equal(before, after)
-    assert all_ids(tokens.TokenData(dataset))['train'] == list(range(1000, 1600))
+def test_a_sequence_depends_on_seed_split_and_number_alone(ramp):
+    numbers = np.array([0, 5, 34, 35, 36, 1000, 123456789, 5, 2**40])
+    x, y = ramp.batch('train', numbers, 50, seed=3)
+    for i in np.random.default_rng(0).permutation(len(numbers)):
+        x1, y1 = TokenData(ramp.directory).batch('train', numbers[i:i + 1], 50, seed=3)
+        assert (x1[0] == x[i]).all() and (y1[0] == y[i]).all()
+    assert (ramp.batch('train', numbers, 50, seed=4)[0] != x).any()
+    val = ramp.batch('val', np.arange(16), 6, seed=3)[0] - 1800
+    assert (val != ramp.batch('test', np.arange(16), 6, seed=3)[0] - 1900).any()
 
 
-@pytest.mark.parametrize('name', ['a b', b'a\xff', 'a\n'])
-def test_a_folder_may_have_any_name(dataset, tmp_path, name):
-    folder = tmp_path / os.fsdecode(name)
-    shutil.copytree(dataset, folder)
-    assert all_ids(tokens.open_data(str(folder)))['val'] == list(range(600))
+def test_order_and_fingerprint_are_those_of_earlier_versions(ramp):
+    x, _ = ramp.batch('train', np.array([0, 1, 2, 35, 10**6]), 50, seed=1337)
+    assert x[:, 0].tolist() == [1107, 1307, 507, 164, 1615]
+    assert ramp.fingerprint() == 'numbers b76c5539'
 
 
-def test_a_window_over_three_files_is_one(tmp_path):
-    write_dataset(tmp_path / 'a', 0, 600, 100)
-    data = tokens.TokenData(tmp_path / 'a')
-    x, y = data.eval_batch('train', 0, 2, 250)
-    assert np.array_equal(x, np.arange(500).reshape(2, 250))
-    assert np.array_equal(y, x + 1)
+def test_evaluation_windows_cover_the_split_in_order(ramp):
+    assert ramp.windows('val', 7) == 14
+    x, y = ramp.eval_batch('val', 0, 14, 7)
+    assert x.ravel().tolist() == list(range(1800, 1898)) and (y == x + 1).all()
+
+
+# ------------------------------------------------------------------------------ wrong folders
+
+def change_meta(folder, **changes):
+    meta = json.loads((folder / 'meta.json').read_text())
+    (folder / 'meta.json').write_text(json.dumps({**meta, **changes}))
+
+
+@pytest.mark.parametrize('damage, line', [
+    # earlier versions began a new file every 100M tokens
+    (lambda folder: (folder / 'val.bin').write_bytes(b'abc'), 'val.bin has 3 bytes, .*100 tokens'),
+    (lambda folder: (folder / 'tokenizer.json').write_text('{ }'), 'json in .* did not make'),
+    (lambda folder: change_meta(folder, version=1), 'another version'),
+    (lambda folder: change_meta(folder, pack=64), 'packed rows')])
+def test_files_of_other_versions_or_datasets_are_refused(ramp, damage, line):
+    damage(ramp.directory)
+    with pytest.raises(ValueError, match=f"{line}.*run 'python prepare.py ramp' again"):
+        TokenData(ramp.directory)
+
+
+def test_ids_beyond_the_vocabulary_are_noticed(ramp):
+    ramp.check()
+    change_meta(ramp.directory, vocab_size=1800)
+    with pytest.raises(ValueError, match='val.bin has token 1,899, and the vocabulary 1,800'):
+        TokenData(ramp.directory).check()
+
+
+def test_what_is_not_there_is_no_dataset(tmp_path):
+    with pytest.raises(NoDataset, match="no dataset in .*foo: run 'python prepare.py foo'"):
+        open_data('foo', root=tmp_path)
+
+
+# ------------------------------------------------------------------------------------ mixtures
+
+SHARES = [(0.7, 0.3), (0.001, 0.999), (0.333333,) * 3, (0.123456, 0.654321),
+          (1, 2, 3, 5, 8, 13, 21)]
+
+
+@pytest.mark.parametrize('shares', SHARES)
+def test_any_first_sequences_of_a_mixture_have_its_shares(shares):
+    k = len(shares)
+    exact = [Fraction(str(share)) for share in shares]
+    counts = whole_counts({str(i): share for i, share in enumerate(shares)})
+    period = sum(counts)
+    source, rank = schedule(counts)
+    assert len(source) == period and np.bincount(source).tolist() == counts
+    for i in range(k):
+        error = abs(Fraction(counts[i], period) - exact[i] / sum(exact))
+        assert error == 0 or period > 99_000 and error < Fraction(1, period)
+        assert rank[source == i].tolist() == list(range(counts[i]))
+    drawn = (source[:, None] == np.arange(k)).cumsum(0)         # of each source in the first n
+    off = abs(drawn * period - np.arange(1, period + 1)[:, None] * counts)      # times period
+    assert off.max() * (2 * k - 2) <= period * (2 * k - 3)
+
+
+SLOPES = {'up': 1, 'down': -1, 'third': 3}
+
+
+@pytest.fixture
+def slopes(tmp_path):
+    """Return {name: folder} of datasets in which two tokens tell where they are from."""
+    ids = np.arange(2000)
+    parts = {'up': ids, 'down': ids[::-1], 'third': ids[::3]}
+    return {name: str(write_dataset(tmp_path / name, part)) for name, part in parts.items()}
+
+
+def test_a_mixture_is_what_a_counter_for_each_source_gives(slopes):
+    shares = {'up': 0.5, 'down': 0.2, 'third': 0.3}
+    mixture = open_data({slopes[name]: share for name, share in shares.items()})
+    x, y = mixture.batch('train', range(500), 50, seed=7)
+    counters = dict.fromkeys(shares, 0)
+    for i in range(500):
+        name = next(name for name, slope in SLOPES.items() if slope == y[i, 0] - x[i, 0])
+        data = TokenData(slopes[name])
+        seed = 7 ^ zlib.crc32(data.fingerprint().encode()) << 32
+        x1, y1 = data.batch('train', [counters[name]], 50, seed)
+        assert (x[i] == x1[0]).all() and (y[i] == y1[0]).all()
+        counters[name] += 1
+    assert counters == {'up': 250, 'down': 100, 'third': 150}
+
+
+def test_a_sequence_of_a_mixture_depends_on_seed_and_number_alone(slopes, tmp_path):
+    shares = {slopes['up']: 0.6, slopes['down']: 0.4}
+    numbers = np.array([0, 5, 34, 35, 36, 1000, 123456789, 5, 2**40])
+    mixture = open_data(shares)
+    x, _ = mixture.batch('train', numbers, 50, seed=3)
+    for i in np.random.default_rng(0).permutation(len(numbers)):
+        x1, _ = open_data(shares).batch('train', numbers[i:i + 1], 50, seed=3)
+        assert (x1[0] == x[i]).all()
+    assert (mixture.batch('train', numbers, 50, seed=4)[0] != x).any()
+    shutil.copytree(slopes['up'], tmp_path / 'data/other')      # other names, in another order
+    same = open_data({slopes['down']: 2, 'other': 3}, root=tmp_path / 'data')
+    assert (same.batch('train', numbers, 50, seed=3)[0] == x).all()
+    assert same.fingerprint() == mixture.fingerprint()
+    assert open_data({**shares, slopes['up']: 0.5}).fingerprint() != mixture.fingerprint()
+    assert open_data({slopes['up']: 0.1}).fingerprint() == TokenData(slopes['up']).fingerprint()
+
+
+def test_the_order_of_a_mixture_is_that_of_earlier_versions(slopes):
+    mixture = open_data({slopes['up']: 0.5, slopes['down']: 0.2, slopes['third']: 0.3})
+    x, _ = mixture.batch('train', range(10), 50, seed=1337)
+    assert x[:, 0].tolist() == [991, 1530, 587, 91, 1080, 1341, 1641, 1037, 930, 1291]
+    assert mixture.fingerprint() == ('3/10 numbers 12693b18 + 2/10 numbers 1438ca6d + '
+                                     '5/10 numbers b76c5539')
+
+
+def test_a_mixture_of_several_tokenizers_or_of_no_shares_is_refused(slopes):
+    other = Path(slopes['down'])
+    (other / 'tokenizer.json').write_text('{ }')
+    change_meta(other, tokenizer={'sha256': hashlib.sha256(b'{ }').hexdigest()})
+    with pytest.raises(ValueError, match='different tokenizers.*--tokenizer=.* --out_dir='):
+        open_data({slopes['up']: 1, slopes['down']: 1})
+    for share in (0, -1, 'half', True, float('inf')):
+        with pytest.raises(ValueError, match='each name needs a share above 0'):
+            open_data({slopes['up']: share, slopes['third']: 1})

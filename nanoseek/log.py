@@ -1,0 +1,212 @@
+"""What a run reports: its log, its metrics, its speed, and where numbers stop being finite."""
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanoseek import settings
+from nanoseek.device import peak_memory
+
+STARTED = time.time()
+
+
+def elapsed():
+    return round(time.time() - STARTED, 2)
+
+
+class Log:
+    """The terminal, train.log, metrics.jsonl, Weights & Biases, TensorBoard. While it exists, no
+    other process can write to out_dir. A quiet one, for ranks above 0, does nothing."""
+
+    def __init__(self, s, step, description, quiet=False):
+        """step: where the run begins. description: the settings and more, {name: value}"""
+        self.quiet = quiet
+        if quiet:
+            return
+        self.dir = Path(s.out_dir)
+        self.lock = contextlib.ExitStack()
+        self.lock.enter_context(settings.lock(self.dir))
+        self.metrics = self.dir / 'metrics.jsonl'
+        self.wandb = None
+        self.tensorboard = None
+        self.rewind(step)
+        (self.dir / 'settings.json').write_text(json.dumps(description, indent=1) + '\n',
+                                                encoding='utf-8')
+        if s.wandb:
+            import wandb
+            name = self.dir.name
+            self.wandb = wandb.init(project='nanoseek', name=name, id=f'{name}-{s.seed}',
+                                    resume='allow', dir=self.dir, config=description)
+        if s.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(self.dir / 'tensorboard')
+
+    def say(self, line):
+        if self.quiet:
+            return
+        with open(self.dir / 'train.log', 'a', encoding='utf-8') as f:
+            f.write(line + '\n')
+        with contextlib.suppress(OSError):                  # a terminal that is gone ends no run
+            print(line, flush=True)
+
+    def add(self, **values):
+        """Append a line to metrics.jsonl; `step` is one of the values. Infinity and nan become
+        null."""
+        if self.quiet:
+            return
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                values[name] = None
+        with open(self.metrics, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(values, allow_nan=False) + '\n')
+        step = values.pop('step')
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, step)
+
+    def rewind(self, step, keep_events=False):
+        """Drop the lines of metrics.jsonl behind a step, which will be repeated. Events (skipped
+        steps) may stay."""
+        if self.quiet:
+            return
+        self.metrics.touch()
+        lines = self.metrics.read_text(encoding='utf-8').splitlines()
+        kept = [line + '\n' for line in lines if stays(line, step, keep_events)]
+        new = self.dir / '.metrics.tmp'
+        new.write_text(''.join(kept), encoding='utf-8')
+        os.replace(new, self.metrics)
+
+    def close(self):
+        if self.quiet:
+            return
+        self.lock.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def stays(line, step, keep_events):
+    try:
+        entry = json.loads(line)
+        return entry['step'] <= step or keep_events and 'event' in entry
+    except ValueError:              # cut off when the process was killed
+        return False
+
+
+def versions():
+    """Return what settings.json says besides the settings."""
+    commit = None
+    with contextlib.suppress(OSError):                      # git is not installed
+        command = ['git', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
+        commit = subprocess.run(command, text=True, capture_output=True).stdout.strip()
+    return {'python': platform.python_version(), 'torch': torch.__version__, 'git': commit,
+            'command': ' '.join(sys.argv)}
+
+
+class Meter:
+    """How fast a run is. tokens, flops: of a step; peak: FLOP/s of a matmul on all devices"""
+    def __init__(self, tokens, flops, peak, device):
+        self.tokens = tokens
+        self.flops = flops
+        self.peak = peak
+        self.device = device
+
+    def start(self, step):
+        """Start over, so that evaluations and checkpoints do not count."""
+        self.step = step
+        self.began = time.perf_counter()
+
+    def entry(self, step):
+        """Return means per step since the last call, for metrics.jsonl."""
+        seconds = (time.perf_counter() - self.began) / (step - self.step)
+        self.start(step)
+        return {'tokens': step * self.tokens, 'flops': step * self.flops, 'elapsed_s': elapsed(),
+                'step_ms': round(seconds * 1e3, 3),
+                'tok_per_s': round(self.tokens / seconds, 1),
+                'mfu': round(self.flops / self.peak / seconds, 4),
+                'memory_mb': round(peak_memory(self.device), 1)}
+
+
+def progress_line(entry, max_steps):
+    """entry: a step's line of metrics.jsonl"""
+    seconds = round((max_steps - entry['step']) * entry['step_ms'] / 1e3)
+    load = ''
+    if 'moe/load_min' in entry:
+        load = f' | load {entry["moe/load_min"]:.2f}-{entry["moe/load_max"]:.2f}'
+    return (f'step {entry["step"]:6d}/{max_steps} | loss {entry["loss"]:.4f} | '
+            f'lr {entry["lr"]:.2e} | norm {entry["grad_norm"]:.2f} | {entry["step_ms"]:.0f} ms | '
+            f'{entry["tok_per_s"] / 1e3:.1f}k tok/s | mfu {entry["mfu"]:.0%} | '
+            f'{entry["memory_mb"]:.0f} MB{load} | '
+            f'eta {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}')
+
+
+def validation_line(step, results):
+    line = (f'step {step:6d} | validation loss {results["val_loss"]:.4f} | '
+            f'{results["val_bpb"]:.4f} bits per byte')
+    for name, value in results.items():
+        if name.startswith('val_loss/'):                    # a mixture's sources
+            line += f' | {name.removeprefix("val_loss/")} {value:.4f}'
+    return line
+
+
+def relative_load(load):
+    """Expert counts (MoE layers, E) -> each over its layer's mean"""
+    ideal = load.double().mean(-1, keepdim=True).clamp(min=1)                  # (MoE layers, 1)
+    return (load / ideal).round(decimals=3)
+
+
+def load_entry(load):
+    """Expert counts (MoE layers, E) -> their extremes for metrics.jsonl; nothing without experts"""
+    if len(load) == 0:
+        return {}
+    relative = relative_load(load)
+    return {'moe/load_max': relative.max().item(), 'moe/load_min': relative.min().item(),
+            'moe/dead': (load == 0).sum().item()}
+
+
+@torch.no_grad()
+def culprit(model, batches, dist):
+    """Return where the first number that is not finite is: in a weight, in the output of a module
+    (the forward passes are repeated), or in a gradient. batches: the step's (x, y)"""
+    for name, p in model.named_parameters():
+        if not is_finite(p):
+            return f'the weight {name}'
+
+    broken = []
+
+    def watch(name):
+        def look(module, args, out):
+            if not is_finite(out):
+                broken.append(name)
+        return look
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    with torch.random.fork_rng(), dist.autocast():
+        for x, y in batches:
+            model(x, y)
+    for hook in hooks:
+        hook.remove()
+    if broken:
+        return f'the output of {broken[0] or "the model"}'
+
+    for name, p in reversed(list(model.named_parameters())):    # as the backward pass goes
+        if not is_finite(p.grad):
+            return f'the gradient of {name}'
+    return 'the loss'
+
+
+def is_finite(x):
+    """x: a tensor, or a tuple that has tensors in it"""
+    if isinstance(x, tuple):
+        return all(is_finite(part) for part in x)
+    return not isinstance(x, torch.Tensor) or bool(x.isfinite().all())
