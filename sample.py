@@ -132,8 +132,8 @@ def main(s):
     drafts = None
     speculate = s.speculate
     if speculate == 'auto':                         # compiled passes on a CPU are too quick for it
-        speculate = model.can_draft and not (s.compile and prompt.device.type == 'cpu')
-    if speculate:
+        speculate = not (s.compile and prompt.device.type == 'cpu')
+    if speculate and model.can_draft:
         drafts = Drafts()
     if s.compile:
         problem = compile_decoding(model, drafts)
@@ -159,7 +159,7 @@ def main(s):
             count += 1
     print(flush=True)
     line = f'{count / (time.perf_counter() - began):.0f} tokens/s'
-    if speculate:
+    if drafts:
         line += f', {drafts.share:.0%} of {drafts.made:,} drafts accepted'
     print(line, file=sys.stderr)
 
