@@ -268,10 +268,12 @@ def test_gpt2_with_code_tokens_has_them_from_50257_on(tmp_path, tiktoken_cache, 
 # ------------------------------------------------------------------------------ interruptions
 
 SLOWLY = """
-import json, sys, prepare
+import json, sys, time, prepare
 from nanoseek import tokenizer
 prepare.SAVE_SECONDS = 0
 tokenizer.BATCH = 2000
+save = prepare.Output.save
+prepare.Output.save = lambda output: (save(output), time.sleep(0.02))
 with prepare.settings.user_errors():
     prepare.prepare(prepare.Settings(**json.loads(sys.argv[1])))
 """
