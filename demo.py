@@ -111,8 +111,6 @@ def write(loaded, prompt, length, temperature, top_k, seed):
     count = len(ids) - idx.shape[1]
     line = (f'{count} tokens, {count / (time.perf_counter() - start):.0f} a second; '
             f'{cache_line(model.config, model.head.dtype)}')
-    if model.can_draft:
-        line += f'; {drafts.accepted} of {drafts.made} drafts accepted'
     context = ids[-model.config.max_position_embeddings:]
     pieces = [piece_of(tokenizer, i) for i in context]
     probabilities, likeliest, experts = look_at(model, tokenizer, context)
@@ -130,7 +128,7 @@ def build(gr, loaded, prompt):
             choices = [gr.Slider(1, 1000, 200, step=1, label='Length'),
                        gr.Slider(0, 2, 0.8, step=0.05, label='Temperature'),
                        gr.Slider(0, 200, 50, step=1, label='Top k, 0: all'),
-                       gr.Number(1337, label='Seed', precision=0, minimum=0)]
+                       gr.Number(1337, label='Seed', precision=0)]
             button = gr.Button('Write', variant='primary')
         text = gr.Textbox(label='Text', info=architecture(model.config), lines=6)
         line = gr.Markdown()

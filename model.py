@@ -423,7 +423,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = ATTENTION[config.attention](config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.n_routed_experts > 0 and layer >= config.first_k_dense_replace
         if self.is_moe:
@@ -434,12 +434,12 @@ class Block(nn.Module):
     def forward(self, x, rope, cache=None, layer=None, mask=None):
         """x (B, T, D) -> (B, T, D), and (load, balance loss) of an MoE layer, else None"""
         y = self.self_attn(self.input_layernorm(x), rope, cache, layer, mask)
-        x = x + self.dropout(y)
+        x = x + ops.dropout(y, self.dropout, self.training)
         y = self.mlp(self.post_attention_layernorm(x))
         stats = None
         if self.is_moe:
             y, stats = y
-        return x + self.dropout(y), stats
+        return x + ops.dropout(y, self.dropout, self.training), stats
 
 
 class MTP(Block):
@@ -472,7 +472,6 @@ class Transformer(nn.Module):
         self.compiled = {}                              # by generate.compile_decoding, for passes
         self.compiled_tokens = 0                        # of so many tokens
         self.losses = {}                                # the parts of the last training loss
-        self.dropout = nn.Dropout(config.dropout)
         layers = []
         for i in range(config.num_hidden_layers):
             layers.append(Block(config, i))
@@ -540,7 +539,8 @@ class Transformer(nn.Module):
             raise ValueError(f'{end} tokens do not fit: the context is '
                              f'max_position_embeddings={config.max_position_embeddings}')
         rope = self.rope[:, past:end]
-        x = self.dropout(self.model.embed_tokens(idx))                              # (B, T, D)
+        x = self.model.embed_tokens(idx)                                            # (B, T, D)
+        x = ops.dropout(x, config.dropout, self.training)
         stats = []
         for i, layer in enumerate(self.model.layers[:config.num_hidden_layers]):
             x, layer_stats = self.run(layer, x, rope, cache, i, mask)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from nanoseek import settings
 from nanoseek.sources import HUB, open_source, source_name
 from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, Encoder, batches, char_tokenizer,
-                                decode, gpt2_tokenizer, load_tokenizer, train_bpe)
+                                decode, encode, gpt2_tokenizer, load_tokenizer, train_bpe)
 from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData
 
 BPE_TEXT = 1 << 28          # characters that bpe:N is trained on
@@ -80,7 +80,6 @@ class Settings:
 
 def prepare(s):
     """Read, split, tokenize, check, write. Return the folder."""
-    began = time.time()
     out = Path(s.out_dir or Path('data') / source_name(s))
     work = out / '.partial'                         # where the files are until all is there
     note = None                                     # of an interrupted preparation
@@ -111,8 +110,7 @@ def prepare(s):
         fill(s, source, output)
         finish(output)
         move(work, out)
-    print(f'written to {out} in {time.time() - began:.1f} s; next: python train.py '
-          f'--dataset={out}')
+    print(f'written to {out}; next: python train.py --dataset={out}')
     return out
 
 
@@ -192,10 +190,7 @@ def make_tokenizer(name, source, s):
         tokenizer = gpt2_tokenizer()
         tokenizer.add_special_tokens(CODE_TOKENS if name == 'gpt2+code' else [])
         return tokenizer
-    tokenizer = load_tokenizer(name)
-    if tokenizer.num_special_tokens_to_add(is_pair=False):
-        tokenizer.post_processor = None     # no <bos> in the token files, so none in prompts
-    return tokenizer
+    return load_tokenizer(name)
 
 
 def texts_to_learn(source, s, most, splits):
@@ -215,7 +210,10 @@ def fill(s, source, output):
     """Write the ids of all documents, or of as many as have s.tokens."""
     note = output.note
     meta = note['meta']
-    encoder = Encoder(load_tokenizer(output.folder), meta['tokenizer']['name'], s.special_in_text)
+    tokenizer = load_tokenizer(output.folder)
+    encoder = Encoder(tokenizer, meta['tokenizer']['name'], s.special_in_text)
+    begin = [i for i in encode(tokenizer, '') if i != meta['eot_id']]       # such as Llama's <s>
+    begin = np.array(begin, np.uint32)
     end = np.array([meta['eot_id']] * meta['end_of_text'], np.uint32)
     seen = set(np.fromfile(output.folder / 'seen.bin', '<u8').tolist())
     saved = time.time()
@@ -232,7 +230,9 @@ def fill(s, source, output):
             elif key in seen:
                 meta['left_out']['duplicates'] += 1
             else:
-                output.append(split, np.append(ids, end), document.text)
+                if EOT in document.text and not s.special_in_text:
+                    note['spelled'] = note.get('spelled', 0) + document.text.count(EOT)
+                output.append(split, np.concatenate((begin, ids, end)), document.text)
                 if s.deduplicate:
                     seen.add(key)
                     output.files['seen'].write(key.to_bytes(8, 'little'))
@@ -316,6 +316,10 @@ def finish(output):
             raise ValueError(f'{split} got no document: give more documents or another '
                              '--val_frac, such as 0.1, with --resume=never')
     print('left out: {bad:,} bad documents, {duplicates:,} duplicates'.format(**meta['left_out']))
+    if spelled := output.note.get('spelled'):
+        print(f'{EOT} is spelled {spelled:,} times, and those letters are tokens as all others: '
+              '--special_in_text=true makes it the end of a text, if the tokenizer has it as '
+              'bpe:1024 does')
     output.save()
     write_json(output.folder / 'meta.json', meta)
 
@@ -336,21 +340,15 @@ def move(work, out):
 def inspect(folder):
     """Print what is in a folder that prepare.py wrote. ValueError if it is damaged."""
     data = TokenData(folder)
-    data.check()
     tokenizer = load_tokenizer(folder)
     print(f'{data.meta["source"]}\ntokenizer {data.meta["tokenizer"]["name"]}')
-    counts = np.zeros(data.vocab_size, np.int64)
     for split, ids in data.splits.items():
         documents = data.meta['splits'][split]['documents']
         print(f'{split}: {len(ids):,} tokens, {len(ids) / documents:,.1f} per document, '
               f'{data.bytes_per_token(split):.3f} bytes per token')
         if [zlib.crc32(ids)] != data.meta['crc32'][split]:
             raise ValueError(f'{folder}/{split}.bin is damaged: run prepare.py again')
-        for start in range(0, len(ids), 1 << 22):
-            counts += np.bincount(ids[start:start + (1 << 22)], minlength=data.vocab_size)
-    print(f'{(counts > 0).sum():,} of {data.vocab_size:,} tokens occur; the most frequent:')
-    for i in np.argsort(-counts, kind='stable')[:20]:
-        print(f'{counts[i] / counts.sum():7.2%} {i:7} {decode(tokenizer, [i])!r}')
+        settings.require(data, 'vocab_size', ids.max() < data.vocab_size, f'above {ids.max()}')
     print(f'\nthe first 200 of train:\n{decode(tokenizer, data.splits["train"][:200])}')
 
 

@@ -9,6 +9,8 @@ for its newest one. Text goes to stdout while it is generated, everything else t
 """
 import os
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')    # decoding is many short parallel parts
+import glob
+import itertools
 import json
 import re
 import sys
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
 
 from model import Transformer
 from nanoseek import checkpoint, hf, settings
@@ -56,28 +57,42 @@ def find_checkpoint(name):
     """Return the folder of a checkpoint, by default the newest one under out/."""
     if name:
         return hf.hub_folder(checkpoint.of_run(name))
-    configs = sorted(Path('out').glob('**/step-*/config.json'), key=os.path.getmtime)
+    configs = glob.glob('out/**/step-*/config.json', recursive=True)    # also behind links
     if not configs:
         raise ValueError('no checkpoint under out/: train a model first, or give --checkpoint=DIR')
-    return configs[-1].parent
+    return Path(max(configs, key=os.path.getmtime)).parent
 
 
 def load(folder, s):
     """Return the model in a folder, on the device of the settings, and its tokenizer."""
     device, dtype = pick_device(s)
     model = Transformer.from_pretrained(folder, dtype).eval().to(device)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise ValueError(f'{folder}: its weights are not finite')
     return model, load_tokenizer(folder)
 
 
-def encode_prompt(tokenizer, text, config):
-    """Return the ids of a text. ValueError if the model cannot continue it."""
-    ids = encode(tokenizer, text)
+def encode_prompt(tokenizer, text, config, whole=True):
+    """Return the ids of a text, see encode. ValueError if the model cannot continue it."""
+    ids = encode(tokenizer, text, whole)
     limit = config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}')
     return ids
+
+
+def complete_pieces(tokenizer, ids, tokens):
+    """Yield the text that each of tokens adds to the text of ids, a list, which grows. Bytes wait
+    until they are a character, or until tokens end."""
+    begin = 0                                       # from here on, ids are decoded again
+    before = decode(tokenizer, ids)
+    for token in tokens:
+        ids.append(token)
+        text = decode(tokenizer, ids[begin:])
+        is_byte = (tokenizer.id_to_token(token) or '').startswith('<0x')    # Llama 2's
+        if not is_byte and not text.endswith('\ufffd'):
+            yield text[len(before):]
+            begin = len(ids) - 1
+            before = decode(tokenizer, ids[begin:])
+    yield decode(tokenizer, ids[begin:])[len(before):]
 
 
 def chat_text(folder, messages):
@@ -87,8 +102,6 @@ def chat_text(folder, messages):
     companions = hf.read_companions(folder)
     values = json.loads(companions.get('tokenizer_config.json', '{}'))
     template = companions.get('chat_template.jinja', values.get('chat_template'))
-    if isinstance(template, list):                  # several, for different uses
-        template = {entry['name']: entry['template'] for entry in template}.get('default')
     if template is None:
         raise ValueError(f'{folder} has no chat template: give a prompt without --chat')
     special_tokens = {}                             # {'bos_token': '<s>', ...}
@@ -124,10 +137,9 @@ def main(s):
     stops = hf.stop_ids(folder, model.config)
     if s.chat:
         text = chat_text(folder, [{'role': 'user', 'content': text}])
-    ids = encode_prompt(tokenizer, text, model.config)
+    ids = encode_prompt(tokenizer, text, model.config, whole=not s.chat)
     prompt = torch.tensor([ids], device=model.head.device)                            # (1, T)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f'{folder}: {parameters:,} parameters', file=sys.stderr)
+    print(folder, file=sys.stderr)
 
     drafts = None
     speculate = s.speculate
@@ -148,15 +160,13 @@ def main(s):
         if i > 0:
             print('\n---')
         if not s.chat:
-            print(decode(tokenizer, ids), end='', flush=True)
-        decoder = DecodeStream(ids=ids, skip_special_tokens=False)
-        for token in stream(model, prompt, s.max_new_tokens, sampling, drafts):
-            if token.item() in stops:
-                break
-            text = decoder.step(tokenizer, token.item())
-            if text is not None:                    # else the character is not complete
-                print(text, end='', flush=True)
-            count += 1
+            print(s.prompt, end='', flush=True)
+        tokens = (t.item() for t in stream(model, prompt, s.max_new_tokens, sampling, drafts))
+        written = list(ids)
+        until_stop = itertools.takewhile(lambda token: token not in stops, tokens)
+        for text in complete_pieces(tokenizer, written, until_stop):
+            print(text, end='', flush=True)
+        count += len(written) - len(ids)
     print(flush=True)
     line = f'{count / (time.perf_counter() - began):.0f} tokens/s'
     if drafts:

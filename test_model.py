@@ -283,26 +283,6 @@ def test_packed_documents_equal_each_alone(attention, feed, packing, device):
         close(grad, model.get_parameter(name).grad, 3e-4)
 
 
-@pytest.mark.parametrize('amp', [False, True])
-@packings
-@masked
-@torch.no_grad()
-def test_no_document_sees_another(attention, feed, packing, amp, device):
-    model = make_masked(attention, feed, device)
-    idx, documents = pack(packing, device)
-    row, begin, end = documents[0]
-    changed = idx.clone()
-    changed[row, begin:end - 1] = (idx[row, begin:end - 1] + 1) % V
-    changed[changed == EOS] = EOS + 1       # documents end where they ended
-    changed[idx == EOS] = EOS
-    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        difference = (model(changed)[0] - model(idx)[0]).abs().amax(-1)[row]
-        assert difference[end:].max() < 1e-5 < 1e-2 < difference[begin:end].max()
-        model.doc_attention_mask = False
-        difference = (model(changed)[0] - model(idx)[0]).abs().amax(-1)[row]
-        assert difference[end:].max() > 1e-2
-
-
 # ------------------------------------------------------------------------------ generation
 
 def check_greedy(model, out, prompt, room):

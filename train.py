@@ -28,7 +28,7 @@ from nanoseek.device import (autocast, compile_model, keep_freed_memory, matmul_
                              pick_device, to_device, to_fp8)
 from nanoseek.log import (Log, Meter, culprit, elapsed, load_entry, progress_line, relative_load,
                           validation_line, versions)
-from nanoseek.optim import make_optimizer, set_learning_rate, whole
+from nanoseek.optim import learning_rate_at, make_optimizer, set_learning_rate, whole
 from nanoseek.tokenizer import decode, encode, load_tokenizer
 from nanoseek.tokens import NoDataset, open_data
 
@@ -79,8 +79,7 @@ class Settings:
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
 
     def __post_init__(self):
-        for name in ('block_size', 'max_bad_steps'):
-            settings.require(self, name, getattr(self, name) >= 1, 'at least 1')
+        settings.require(self, 'block_size', self.block_size >= 1, 'at least 1')
         settings.require(self, 'tokens', not self.tokens or self.depth,
                          'used with --depth; otherwise max_steps sets the length of a run')
         settings.require(self, 'batch_size', self.batch_size or self.global_batch_size,
@@ -144,13 +143,16 @@ def starting_folder(s, start):
 
 def model_config(given, folder, data):
     """The Config that is asked for: the model's in `folder`, if any, with the given settings"""
-    if folder:
-        return hf.read_config(folder, **given)
     if data is None:
-        return Config(**{'vocab_size': 256, **given})
-    tokens = {'vocab_size': data.vocab_size, 'bos_token_id': data.eot_id,
-              'eos_token_id': data.eot_id}
-    return Config(**{**tokens, **given})
+        return hf.read_config(folder, **given) if folder else Config(**{'vocab_size': 256, **given})
+    if folder:
+        c = hf.read_config(folder, **given)
+    else:
+        c = Config(**{'vocab_size': data.vocab_size, 'bos_token_id': data.eot_id, **given})
+    if data.eot_id is not None:                     # the model stops where its documents end
+        others = [i for i in c.stop_ids if i != data.eot_id]
+        c.eos_token_id = [data.eot_id, *others] if others else data.eot_id
+    return c
 
 
 def make_model(s, given, c, start, folder):
@@ -164,15 +166,14 @@ def make_model(s, given, c, start, folder):
         return Transformer.from_pretrained(start)
     if not folder:
         return Transformer(c)
-    return Transformer.from_pretrained(folder, **given)
+    return Transformer.from_pretrained(folder, **{**given, 'eos_token_id': c.eos_token_id})
 
 
 def check(s, c, data, dist, folder):
     """Raise ValueError for settings that do not fit together. folder: init_from's, or None"""
     rows = max(s.batch_size, 1) * dist.world
-    below = s.global_batch_size // rows * rows
-    settings.require(s, 'global_batch_size', s.global_batch_size == below,
-                     f'a multiple of {rows}, which is batch_size x devices, such as {below + rows}')
+    settings.require(s, 'global_batch_size', s.global_batch_size % rows == 0,
+                     f'a multiple of {rows}, which is batch_size x devices')
     for split in ('train', 'val'):
         data.windows(split, s.block_size)           # raises if the split is too short
     settings.require(c, 'vocab_size', c.vocab_size >= data.vocab_size,
@@ -188,9 +189,6 @@ def check(s, c, data, dist, folder):
         settings.require(s, 'dataset', data.eot_id is not None,
                          'one with an end-of-text token if doc_attention_mask is on: prepare it '
                          'with a tokenizer that has one, such as bpe:1024')
-        settings.require(c, 'eos_token_id', data.eot_id in c.stop_ids[:1],
-                         f'{data.eot_id}, the end of a text in dataset={s.dataset}, if '
-                         'doc_attention_mask is on')
     if folder and (Path(folder) / 'tokenizer.json').is_file():
         vocab = load_tokenizer(data.directory).get_vocab()
         settings.require(s, 'dataset', vocab.items() <= load_tokenizer(folder).get_vocab().items(),
@@ -217,12 +215,10 @@ def evaluate(model, data, s, dist):
     model.eval()
     for first in range(0, count, dist.world * s.batch_size):
         mine = first + dist.rank * s.batch_size
-        rows = min(s.batch_size, count - mine)
-        if rows > 0:
-            windows = data.eval_batch('val', mine, rows, s.block_size)
-        else:       # this rank has none left, but must compute along with the others
-            windows = data.eval_batch('val', 0, 1, s.block_size)
-            rows = 0
+        rows = max(min(s.batch_size, count - mine), 0)
+        if rows == 0:       # none left for this rank, which must compute along with the others
+            mine = 0
+        windows = data.eval_batch('val', mine, max(rows, 1), s.block_size)
         x, y = to_device(windows, dist.device)
         with dist.autocast():
             _, loss = model(x, y)
@@ -235,14 +231,16 @@ def evaluate(model, data, s, dist):
 def validate(model, data, s, dist):
     """Return {name: number} for metrics.jsonl: val_loss, val_bpb in bits per byte, and for a
     mixture, whose numbers are means by share, those of each source."""
-    losses = {name: evaluate(model, source, s, dist) for name, (source, _) in data.sources.items()}
-    mean = sum(losses[name] * share for name, (_, share) in data.sources.items())
+    mean = 0.0
+    by_source = {}
+    for name, (source, share) in data.sources.items():
+        loss = evaluate(model, source, s, dist)
+        mean += share * loss
+        by_source[f'val_loss/{name}'] = loss
+        by_source[f'val_bpb/{name}'] = loss / math.log(2) / source.bytes_per_token('val')
     results = {'val_loss': mean, 'val_bpb': mean / math.log(2) / data.bytes_per_token('val')}
-    if len(losses) > 1:
-        for name, (source, _) in data.sources.items():
-            bits = losses[name] / math.log(2)
-            results[f'val_loss/{name}'] = losses[name]
-            results[f'val_bpb/{name}'] = bits / source.bytes_per_token('val')
+    if len(data.sources) > 1:
+        results.update(by_source)
     return results
 
 
@@ -251,11 +249,9 @@ def sample_text(model, data, s, dist):
     tokenizer = load_tokenizer(data.directory)
     try:
         prompt = encode(tokenizer, s.sample_prompt)
-    except ValueError:      # the dataset lacks one of its letters: the val split's first line does
+    except ValueError:      # the dataset lacks one of its letters: take the val split's first ones
         source, _ = next(iter(data.sources.values()))
-        ids, _ = source.eval_batch('val', 0, 1, s.block_size)
-        text = decode(tokenizer, ids[0, :64].tolist()).strip()
-        prompt = encode(tokenizer, text.partition('\n')[0])
+        prompt = source.splits['val'][:16].tolist()
     idx = torch.tensor([prompt], device=dist.device)
     model.eval()
     with torch.random.fork_rng(), dist.autocast():
@@ -303,8 +299,6 @@ def main(s, given, dist):
     """Train. given: the model's settings; dist: OneDevice or Ranks"""
     # A user's mistake ends the run here, in one line, before anything is written
     data = open_data(s.dataset)
-    if dist.rank == 0:
-        data.check()
     batch = s.global_batch_size or s.batch_size * dist.world            # sequences of a step
     start = dist.first(checkpoint.find, s, checkpoint.identity(s, data, batch))
     folder = starting_folder(s, start)
@@ -318,7 +312,7 @@ def main(s, given, dist):
     model.gradient_checkpointing = s.gradient_checkpointing
     model.doc_attention_mask = s.doc_attention_mask
     if s.fp8:
-        to_fp8(model, s.fp8, dist.device, dist.dtype)
+        to_fp8(model, s.fp8, dist.device)
     forward = dist.wrap(model)
     optimizer = make_optimizer(s, model, dist.dtype)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
@@ -326,23 +320,28 @@ def main(s, given, dist):
     if start:
         run.load(start)
     if run.step >= s.max_steps:
-        print(f'{start} is complete: continue with --max_steps={run.step + 1000}, or start over '
+        print(f'{start} is complete, and its learning rate at the end of its schedule: use its '
+              f'weights in a new run with --init_from={start} and another --out_dir, or start over '
               'with --resume=never')
         return
 
     # From here on, out_dir is this run's
     first_step = run.step + 1
-    log = Log(s, run.step, {**asdict(s), **asdict(c), **versions()}, quiet=dist.rank > 0)
+    log = Log(s, run, {**asdict(s), **asdict(c), **versions()}, quiet=dist.rank > 0)
     dist.first(checkpoint.clear, s.out_dir, run.step)
     rate = matmul_rate(dist.device, dist.dtype)
     micro_steps = batch // (s.batch_size * dist.world)
     tokens = batch * s.block_size                                       # of a step
     flops = tokens * cost.flops_per_token(model, s.block_size)
     meter = Meter(tokens, flops, rate * dist.world, dist.device)
-    lines = [*cost.describe(c, s, memory), memory_line, dial.repeats(s, data)]
+    lines = [*cost.describe(c, s, memory), memory_line]
     if start:
         lines.append(f'continuing from {start}')
-    log.say('\n'.join(filter(None, lines)))
+        lr = learning_rate_at(run.step, s)
+        if lr > 1.1 * run.lr and run.step > s.warmup_steps:
+            lines.append(f'the learning rate rises from {run.lr:.1e} to {lr:.1e}, as the schedule '
+                         f'now ends at step {s.max_steps}')
+    log.say('\n'.join(lines))
     forward, problem = compile_model(model, forward, s, dist.device, dist.dtype)
     if problem:
         log.say(f'{problem}: going on without it')
@@ -393,8 +392,7 @@ def main(s, given, dist):
             where = culprit(model, micro_batches(data, s, dist, batch, position), dist)
             log.say(f'step {run.step + 1}: loss {means["loss"]:.4g}, gradient norm {norm:.4g}: '
                     f'skipped; the first number that is not finite is in {where}')
-            log.add(step=run.step + 1, event='skipped', loss=str(means['loss']),
-                    grad_norm=str(norm), where=where)
+            log.add(step=run.step + 1, event='skipped', where=where)
             run.bad += 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -436,7 +434,7 @@ def main(s, given, dist):
             log.say(validation_line(run.step, results))
             if model.moe_layers:
                 results['moe/load'] = relative_load(load).tolist()
-            log.add(step=run.step, elapsed_s=elapsed(), **results)
+            log.add(step=run.step, **results)
             meter.start(run.step)
         if is_due(s.sample_interval, run.step, last):
             log.say(f'--- sample\n{sample_text(model, data, s, dist)}\n---')
@@ -462,9 +460,7 @@ def show(s, given):
     lines = [*cost.describe(c, s, memory), memory_line]
     if s.depth:
         lines += dial.describe(c, s, matmul_rate(dist.device, dist.dtype))
-        if data is not None:
-            lines.append(dial.repeats(s, data))
-    print(*filter(None, lines), sep='\n')
+    print(*lines, sep='\n')
 
 
 OUT_OF_MEMORY = ('use a smaller --batch_size (with the same --global_batch_size), a smaller '

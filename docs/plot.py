@@ -2,8 +2,8 @@
 
     python docs/plot.py out/a [out/b ...] [--out=plot.png] [--x=tokens]
 
-Above, curves of all runs over steps, tokens or flops. Below, for each run with experts, every
-expert's share of the tokens over the ideal, at each evaluation.
+Above, curves of all runs over step, tokens, flops or elapsed_s. Below, for each run with experts,
+every expert's share of the tokens over the ideal, at each evaluation.
 """
 import json
 import sys
@@ -24,8 +24,8 @@ def read(folder, x):
     """Return the entries of a run's metrics.jsonl, each with its place on the axis x."""
     lines = (Path(folder) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     entries = [json.loads(line) for line in lines if line.endswith('}')]    # the last may be cut
-    scale = 1 if x == 'steps' else next(e[x] / e['step'] for e in entries if x in e)
-    return [{**entry, 'x': scale * entry['step']} for entry in entries]
+    scale = next(entry[x] / entry['step'] for entry in entries if x in entry)
+    return [{**entry, 'x': entry.get(x, scale * entry['step'])} for entry in entries]
 
 
 def points(entries, metric):
@@ -46,7 +46,7 @@ def plot_load(figure, axis, name, loads):
     figure.colorbar(image, ax=axis)
 
 
-def main(folders, x='steps', out='plot.png'):
+def main(folders, x='step', out='plot.png'):
     runs = {folder: read(folder, x) for folder in folders}
     loads = {name: points(entries, 'moe/load') for name, entries in runs.items()}
     loads = {name: load for name, load in loads.items() if load and load[0][1]}
@@ -59,12 +59,12 @@ def main(folders, x='steps', out='plot.png'):
         for i, (name, entries) in enumerate(runs.items()):
             for metric, style in metrics.items():
                 curve = np.array(points(entries, metric)).reshape(-1, 2)
-                axis.plot(*curve.T, style, color=f'C{i % 10}', lw=1, ms=4, label=name)
-    axes[1].legend(fontsize='small')
+                axis.plot(*curve.T, style, color=f'C{i % 10}', lw=1, label=name)
+    axes[1].legend()
     axes[2].set_yscale('log')
     for i, (name, load) in enumerate(loads.items(), 1):
         plot_load(figure, figure.add_subplot(grid[i, :]), name, load)
-    figure.savefig(out, dpi=100)
+    figure.savefig(out)
 
 
 if __name__ == '__main__':

@@ -40,6 +40,8 @@ class Run:
         self.rollbacks = 0
         self.bad = 0                # steps in a row, up to now, that were not finite
         self.losses = {}            # of the last evaluation, for the model card
+        self.id = os.urandom(4).hex()       # for Weights & Biases
+        self.lr = math.inf          # of the first parameter group, before it was loaded
 
     def state(self):
         device = self.model.head.device
@@ -59,6 +61,7 @@ class Run:
         for i, tensors in state['optimizer']['state'].items():
             for name, tensor in tensors.items():
                 tensors[name] = shard_like(tensor, parameters[i])
+        self.lr = state['optimizer']['param_groups'][0]['lr']
         for saved, group in zip(state['optimizer']['param_groups'], groups):
             saved.update({**group, 'params': saved['params']})      # the settings are this run's
         self.optimizer.load_state_dict(state['optimizer'])
@@ -71,6 +74,7 @@ class Run:
                 torch.get_device_module(device_type).set_rng_state(numbers)
         for name in PROGRESS:
             setattr(self, name, state.get(name, getattr(self, name)))
+        self.id = read_settings(checkpoint).get('wandb_id', self.id)
 
     @torch.no_grad()
     def roll_back(self, checkpoint):
@@ -223,7 +227,7 @@ def save(run, s, data, dist, val_loss=None):
         torch.save(state, folder / 'trainer' / 'state.pt')
         hf.write_json(folder / 'trainer' / 'settings.json', {
             **asdict(s), **asdict(run.model.config), **identity(s, data, batch),
-            'val_loss': val_loss})
+            'val_loss': val_loss, 'wandb_id': run.id})
     prune(s.out_dir, s.keep_checkpoints)
     return f'saved {final}'
 

@@ -169,16 +169,13 @@ def fit(s, c, dist):
     if automatic:                       # then eval_steps counts batches of global_batch_size
         s.eval_steps *= s.global_batch_size // s.batch_size
     line = (f'{s.batch_size} x {s.block_size} tokens need about {megabytes:,.0f} MB of the '
-            f'{dist.limit / 2**20:,.0f} MB that {dist.device} has for a rank')
+            f'{dist.limit / 2**20:,.0f} MB that {dist.device} has for a rank, with '
+            f'gradient_checkpointing={s.gradient_checkpointing}, fsdp={dist.sharded}')
     if not fitting:
         line += ': try a smaller --block_size, --gradient_checkpointing=true or --parallel=fsdp'
         if automatic and s.max_steps:
             raise ValueError(line)
         return memory, f'this may not fit: {line}'
-    if s.gradient_checkpointing > checkpointing[0]:
-        line += '; gradient_checkpointing=true: nothing fits without it'
-    if dist.sharded > dist.shardings[0]:
-        line += '; parallel=fsdp: a whole model does not fit'
     return memory, line
 
 
@@ -201,24 +198,18 @@ def describe(c, s, memory):
     counts = [f'{kind} {count:,}' for kind, count in parameter_table(model).items() if count]
     mflop = flops_per_token(model, s.block_size) / 1e6
     states, activations = (size / 2**20 for size in memory)
-    optimizer = {'adamw': 'AdamW', 'muon': 'Muon'}[s.optimizer]
     return [f'{architecture_class(c)}: {architecture(c)}',
             f'parameters: {" | ".join(counts)}',
             f'a training step: {mflop:,.1f} MFLOP per token, about {states + activations:,.0f} MB: '
-            f'{states:,.0f} for weights, gradients and {optimizer}, {activations:,.0f} for '
+            f'{states:,.0f} for weights, gradients and {s.optimizer}, {activations:,.0f} for '
             f'activations of {s.batch_size} x {s.block_size} tokens and temporaries']
 
 
 def cache_line(c, dtype):
-    """Return a line: the bytes that decoding keeps of each token, with this attention, with GQA
-    (at most four query heads share a key head) and with MHA."""
-    heads = c.num_attention_heads
+    """Return a line: the bytes that decoding keeps of each token, and what MHA would keep."""
     width = c.v_head_dim if c.attention == 'mla' else c.head_dim
-    groups = min(g for g in range(1, heads + 1) if heads % g == 0 and heads <= 4 * g)
-    if c.num_key_value_heads < heads:
-        groups = c.num_key_value_heads
+    mha = 2 * c.num_attention_heads * width
     shapes = ATTENTION[c.attention].cache_shapes
     one, two = (sum(math.prod(shape) for shape in shapes(c, size)) for size in (1, 2))
-    this, gqa, mha = (f'{numbers * c.num_hidden_layers * dtype.itemsize:,}'
-                      for numbers in (two - one, 2 * groups * width, 2 * heads * width))
-    return f'cache: {this} bytes a token, as GQA {gqa}, as MHA {mha}'
+    each = c.num_hidden_layers * dtype.itemsize
+    return f'cache: {each * (two - one):,} bytes a token, as MHA {each * mha:,}'

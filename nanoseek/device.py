@@ -67,13 +67,11 @@ def fits_fp8(module, name):
     return is_linear and all(n > 0 and n % 16 == 0 for n in module.weight.shape)
 
 
-def to_fp8(model, recipe, device, dtype):
+def to_fp8(model, recipe, device):
     """Make the linear layers that fit multiply in float8. Their weights and names stay."""
     if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(f'fp8={recipe} needs a GPU of compute capability 8.9 or above, which '
                          f'device={device} is not')
-    if dtype != torch.bfloat16:
-        raise ValueError(f'fp8={recipe} needs --dtype=bfloat16 for the other layers')
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     options = replace(Float8LinearConfig.from_recipe_name(recipe), pad_inner_dim=True)
     convert_to_float8_training(model, config=options, module_filter_fn=fits_fp8)
@@ -124,7 +122,7 @@ def peak_memory(device):
 
 def memory_limit(device, ranks=1):
     """Return the bytes that this process may use: on a GPU what is free; on CPUs its share of the
-    machine, of the control group (cgroup v2) around it, or what ulimit -v allows."""
+    machine or of the control group (cgroup v2) around it."""
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -132,7 +130,4 @@ def memory_limit(device, ranks=1):
     with contextlib.suppress(OSError, ValueError):          # no Linux, or 'max'
         group = Path('/proc/self/cgroup').read_text().rpartition('0::/')[2].strip()
         limits.append(int(Path('/sys/fs/cgroup', group, 'memory.max').read_text()) / ranks)
-    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if address_space > 0:
-        limits.append(address_space)
     return min(limits) - 2**29                              # Python and torch

@@ -86,27 +86,15 @@ def weights_of_a_token(c):
 
 
 def nearest_power_of_2(x):
-    return 2 ** round(math.log2(max(x, 1)))
+    return 2 ** round(math.log2(x))
 
 
 def describe(c, s, matmul_rate):
     """Return two lines: the run, and how long it takes here. matmul_rate: FLOP/s"""
-    weights = weights_of_a_token(c)
     flops = s.tokens * flops_per_token(on_meta(c), s.block_size)
     step = s.global_batch_size * s.block_size
     return [
-        f'depth {s.depth}: {s.tokens:,} tokens, {s.tokens / weights:.0f} for each of the '
-        f'{weights / 1e6:,.2f}M weights that a token is multiplied with, in '
-        f'{s.tokens / step:,.0f} steps of {step:,}; learning rate {s.learning_rate:.1e}',
+        f'depth {s.depth}: {s.tokens:,} tokens in {s.tokens / step:,.0f} steps of {step:,}; '
+        f'learning rate {s.learning_rate:.1e}',
         f'{flops:.1e} FLOPs: {flops / matmul_rate / 0.4 / 60:,.1f} minutes at 40% of the rate of a '
         'matmul here']
-
-
-def repeats(s, data):
-    """Return a line if a run reads its text more often than helps, else None."""
-    text = data.windows('train', s.block_size) * s.block_size
-    if s.tokens <= 4 * text:
-        return None
-    return (f'{s.tokens:,} tokens are {s.tokens / text:.0f} times the training split. Beyond 4 '
-            f'times a text teaches little more (arXiv 2305.16264): --tokens={4 * text} or a '
-            'smaller depth stays below that')

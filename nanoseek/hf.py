@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Config, Transformer
+from nanoseek import settings
 
 # Files that a model hands on to the models made from it
 COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
@@ -26,13 +27,13 @@ COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_co
 MODEL_FILES = ['config.json', 'model*.safetensors*', 'tokenizer.json', *COMPANIONS]
 
 
-def hub_folder(name, files=MODEL_FILES):
+def hub_folder(name):
     """Return the Path of a folder; download the files if name is a repository on the Hub."""
     if Path(name).is_dir():
         return Path(name)
     import huggingface_hub
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=MODEL_FILES))
     except Exception as e:                          # huggingface_hub has errors of many kinds
         raise ValueError(f"'{name}' is not a folder, and not available on the Hub: {e}") from e
 
@@ -63,7 +64,7 @@ MOE_KEYS = {'n_routed_experts', 'n_shared_experts', 'num_experts_per_tok',
 FIXED = {'hidden_act': 'silu', 'attention_bias': False, 'mlp_bias': False,
          'attention_dropout': 0.0}                  # these are also written
 ONLY = {**FIXED, 'use_qk_norm': False, 'partial_rotary_factor': 1.0, 'scoring_func': 'sigmoid',
-        'topk_method': 'noaux_tc', 'sliding_window': None, 'truncate': True,
+        'topk_method': 'noaux_tc', 'moe_layer_freq': 1, 'sliding_window': None, 'truncate': True,
         'rope_interleave': True, 'quantization_config': None}
 
 
@@ -96,7 +97,7 @@ def config_json(config):
             layers = config.num_hidden_layers + config.num_nextn_predict_layers
             values.update(first_k_dense_replace=layers, n_routed_experts=2)
     if 'n_routed_experts' not in absent:            # vLLM and llama.cpp have other defaults
-        values.update(scoring_func='sigmoid', topk_method='noaux_tc')
+        values.update(scoring_func='sigmoid', topk_method='noaux_tc', moe_layer_freq=1)
     return {name: value for name, value in values.items() if name not in absent}
 
 
@@ -166,6 +167,7 @@ def dtype_of(name, dtype):
 
 
 def open_safetensors(file):
+    settings.refuse_pointer(file)
     try:
         return safe_open(file, 'pt')                # raises if a byte is missing
     except SafetensorError as e:
@@ -184,12 +186,39 @@ def tensor_files(folder):
     raise ValueError(f'{folder} has no {single.name} and no {index.name}: pickles are not read')
 
 
+EMBEDDING, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+
+
+def copies(config):
+    """Return {tensor: tensor that it repeats}, for those that a file may have and our models do
+    not: a tied head, and what each MTP layer shares with the model."""
+    repeated = {}
+    head = HEAD
+    if config.tie_word_embeddings:
+        head = EMBEDDING
+        repeated[HEAD] = EMBEDDING
+    for i in range(config.num_nextn_predict_layers):
+        layer = f'model.layers.{config.num_hidden_layers + i}'
+        repeated[f'{layer}.embed_tokens.weight'] = EMBEDDING
+        repeated[f'{layer}.shared_head.head.weight'] = head
+    return repeated
+
+
+def read_tensor(files, name):
+    with open_safetensors(files[name]) as tensors:
+        return tensors.get_tensor(name)
+
+
 def from_pretrained(folder, dtype=torch.float32, **overrides):
-    """Return the model in a folder. overrides: fields of Config to replace. ValueError names a
+    """Return the model in a folder. overrides: fields of Config to replace. A head that differs
+    from the embedding is loaded, even if config.json says that they are tied. ValueError names a
     tensor that is missing, has another shape, or has no place in the model."""
     folder = Path(folder)
     files = tensor_files(folder)
     config = read_config(folder, **overrides)
+    if config.tie_word_embeddings and HEAD in files and EMBEDDING in files:
+        tied = torch.equal(read_tensor(files, HEAD), read_tensor(files, EMBEDDING))
+        config = replace(config, tie_word_embeddings=tied)
     promised = config.num_nextn_predict_layers and 'num_nextn_predict_layers' not in overrides
     if promised and f'model.layers.{config.num_hidden_layers}.eh_proj.weight' not in files:
         print(f'{folder} lacks the MTP layers that its config.json names', file=sys.stderr)
@@ -199,19 +228,21 @@ def from_pretrained(folder, dtype=torch.float32, **overrides):
     state = {name: torch.empty(tensor.shape, dtype=dtype_of(name, dtype))
              for name, tensor in model.state_dict().items()}
     places = disk_views(state)
+    repeated = copies(config)
     for file in sorted(set(files.values())):
         with open_safetensors(file) as tensors:
             for name in tensors.keys():
-                if name not in places:
-                    # A tied head, an old file's RoPE and unwanted MTP layers are left out
-                    layer = re.match(r'model\.layers\.(\d+)\.', name)
-                    is_mtp = layer and int(layer[1]) >= config.num_hidden_layers
-                    is_head = name == 'lm_head.weight'
-                    if is_mtp or is_head or name.endswith('rotary_emb.inv_freq'):
+                if is_unwanted(name, config, overrides):
+                    continue
+                tensor = tensors.get_tensor(name)
+                if name in repeated:
+                    if torch.equal(tensor, read_tensor(files, repeated[name])):
                         continue
+                    raise ValueError(f'{file}: {name} differs from {repeated[name]}, which MTP '
+                                     'layers share with the model here')
+                if name not in places:
                     raise ValueError(f'{file}: {name} has no place in a '
                                      f'{architecture_class(config)}: this is another model')
-                tensor = tensors.get_tensor(name)
                 place = places.pop(name)
                 if tensor.shape != place.shape:
                     raise ValueError(f'{file}: {name} is {tuple(tensor.shape)}, the model needs '
@@ -221,6 +252,14 @@ def from_pretrained(folder, dtype=torch.float32, **overrides):
         raise ValueError(f'{folder} lacks {min(places)}')
     model.load_state_dict(state, assign=True)
     return model
+
+
+def is_unwanted(name, config, overrides):
+    """Whether a tensor is of a layer that overrides leave out, or an old file's RoPE."""
+    fewer = overrides.keys() & {'num_hidden_layers', 'num_nextn_predict_layers'}
+    layer = re.match(r'model\.layers\.(\d+)\.', name)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return fewer and layer and int(layer[1]) >= layers or name.endswith('rotary_emb.inv_freq')
 
 
 def save_pretrained(model, folder, dtype=None, shard_bytes=5e9, state=None):
@@ -234,14 +273,9 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5e9, state=None):
     tensors = {}
     for name, view in disk_views(state or model.state_dict()).items():   # slices are refused
         tensors[name] = view.to('cpu', dtype_of(name, dtype), copy='.experts.' in name)
-    embedding = tensors['model.embed_tokens.weight']
-    head = tensors.get('lm_head.weight', embedding)
-    for i in range(config.num_nextn_predict_layers):        # published MTP layers bring copies
-        layer = f'model.layers.{config.num_hidden_layers + i}'
-        tensors[f'{layer}.embed_tokens.weight'] = embedding.clone()
-        tensors[f'{layer}.shared_head.head.weight'] = head.clone()
-    if config.attention == 'mla' and head is embedding:     # for engines that tie nothing
-        tensors['lm_head.weight'] = head.clone()
+    for name, original in copies(config).items():
+        if name != HEAD or config.attention == 'mla':       # engines of MLA tie nothing
+            tensors[name] = tensors[original].clone()
     save_torch_state_dict(tensors, folder, max_shard_size=int(shard_bytes))
     name = str(dtype).removeprefix('torch.')
     values = {**config_json(config), 'dtype': name, 'torch_dtype': name}    # version 5's, 4's
@@ -260,14 +294,13 @@ def write_companions(folder, tokenizer, config, companions):
     Companions are kept, except for keys that make transformers 4 and 5 encode differently."""
     folder = Path(folder)
     (folder / 'tokenizer.json').write_text(tokenizer.to_str(pretty=True), encoding='utf-8')
-    for name in ('special_tokens_map.json', 'chat_template.jinja'):
-        if name in companions:
-            (folder / name).write_text(companions[name], encoding='utf-8')
+    for name, text in companions.items():           # two of them are written again below
+        (folder / name).write_text(text, encoding='utf-8')
     added = tokenizer.get_added_tokens_decoder()
     tokenizer_config = {
         **json.loads(companions.get('tokenizer_config.json', '{}')),
         'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-        'add_bos_token': False, 'add_eos_token': False,
+        'add_bos_token': config.bos_token_id in tokenizer.encode('').ids, 'add_eos_token': False,
         'model_max_length': config.max_position_embeddings,
         'added_tokens_decoder': {i: token.__getstate__() for i, token in added.items()}}
     generation_config = {'do_sample': True, 'temperature': 0.8,
@@ -300,10 +333,9 @@ def model_card(s, model, data, step, losses, world):
     kind = architecture_class(model.config)
     table = parameter_table(model)
     tokens = step * (s.global_batch_size or s.batch_size * world) * s.block_size
-    sources = []
-    for source, share in data.sources.values():
-        origin = source.meta['source']
-        sources.append(f'{share:.1%} {origin["name"]} ({origin["license"]})')
+    names = []
+    for name, (source, share) in data.sources.items():
+        names.append(f'{share:.1%} {name} ({source.meta["source"]["license"]})')
     results = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
     return f"""\
 ---
@@ -316,7 +348,7 @@ tags: [nanoseek]
 {table['total']:,} parameters, {table['active']:,} active per token.
 
 - started from: {s.init_from or 'random weights'}
-- data: {' + '.join(sources)}, tokenizer {source.meta['tokenizer']['name']}
+- data: {' + '.join(names)}, tokenizer {source.meta['tokenizer']['name']}
 - tokens seen: {tokens:,}
 - losses: {results or 'not evaluated yet'}
 - command: `{' '.join(sys.argv)}`, ranks: {world}

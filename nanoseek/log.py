@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -25,8 +26,9 @@ class Log:
     """The terminal, train.log, metrics.jsonl, Weights & Biases, TensorBoard. While it exists, no
     other process can write to out_dir. A quiet one, for ranks above 0, does nothing."""
 
-    def __init__(self, s, step, description, quiet=False):
-        """step: where the run begins. description: the settings and more, {name: value}"""
+    def __init__(self, s, run, description, quiet=False):
+        """run: a checkpoint.Run. description: the settings and more, {name: value}"""
+        self.s = s
         self.quiet = quiet
         if quiet:
             return
@@ -36,17 +38,16 @@ class Log:
         self.metrics = self.dir / 'metrics.jsonl'
         self.wandb = None
         self.tensorboard = None
-        self.rewind(step)
+        self.rewind(run.step)
+        self.seconds_before = max((entry.get('elapsed_s', 0) for entry in self.entries()),
+                                  default=0)
         (self.dir / 'settings.json').write_text(json.dumps(description, indent=1) + '\n',
                                                 encoding='utf-8')
         if s.wandb:
             import wandb
-            name = self.dir.name
-            self.wandb = wandb.init(project='nanoseek', name=name, id=f'{name}-{s.seed}',
+            self.wandb = wandb.init(project='nanoseek', name=self.dir.name, id=run.id,
                                     resume='allow', dir=self.dir, config=description)
-        if s.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(self.dir / 'tensorboard')
+            self.wandb.define_metric('*', step_metric='step')       # may go back, as a resume does
 
     def say(self, line):
         if self.quiet:
@@ -61,30 +62,47 @@ class Log:
         null."""
         if self.quiet:
             return
+        values['elapsed_s'] = round(self.seconds_before + elapsed(), 2)
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None
         with open(self.metrics, 'a', encoding='utf-8') as f:
             f.write(json.dumps(values, allow_nan=False) + '\n')
-        step = values.pop('step')
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         if self.wandb:
-            self.wandb.log(numbers, step=step)
+            self.wandb.log(numbers)
         if self.tensorboard:
             for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_scalar(name, value, values['step'])
+
+    def entries(self):
+        """Return the lines of metrics.jsonl as dicts."""
+        entries = []
+        for line in self.metrics.read_text(encoding='utf-8').splitlines():
+            with contextlib.suppress(ValueError):           # cut off when the process was killed
+                entries.append(json.loads(line))
+        return entries
 
     def rewind(self, step, keep_events=False):
-        """Drop the lines of metrics.jsonl behind a step, which will be repeated. Events (skipped
-        steps) may stay."""
+        """Drop the entries behind a step, which will be repeated, from metrics.jsonl and for
+        TensorBoard. Events (skipped steps) may stay."""
         if self.quiet:
             return
         self.metrics.touch()
-        lines = self.metrics.read_text(encoding='utf-8').splitlines()
-        kept = [line + '\n' for line in lines if stays(line, step, keep_events)]
         new = self.dir / '.metrics.tmp'
-        new.write_text(''.join(kept), encoding='utf-8')
+        with open(new, 'w', encoding='utf-8') as f:
+            for entry in self.entries():
+                if entry['step'] <= step or keep_events and 'event' in entry:
+                    f.write(json.dumps(entry) + '\n')
         os.replace(new, self.metrics)
+        if self.s.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            folder = self.dir / 'tensorboard'
+            if self.tensorboard:
+                self.tensorboard.close()
+            if step == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            self.tensorboard = SummaryWriter(folder, purge_step=step + 1)
 
     def close(self):
         if self.quiet:
@@ -94,14 +112,6 @@ class Log:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
-
-
-def stays(line, step, keep_events):
-    try:
-        entry = json.loads(line)
-        return entry['step'] <= step or keep_events and 'event' in entry
-    except ValueError:              # cut off when the process was killed
-        return False
 
 
 def versions():
@@ -131,7 +141,7 @@ class Meter:
         """Return means per step since the last call, for metrics.jsonl."""
         seconds = (time.perf_counter() - self.began) / (step - self.step)
         self.start(step)
-        return {'tokens': step * self.tokens, 'flops': step * self.flops, 'elapsed_s': elapsed(),
+        return {'tokens': step * self.tokens, 'flops': step * self.flops,
                 'step_ms': round(seconds * 1e3, 3),
                 'tok_per_s': round(self.tokens / seconds, 1),
                 'mfu': round(self.flops / self.peak / seconds, 4),
@@ -152,12 +162,8 @@ def progress_line(entry, max_steps):
 
 
 def validation_line(step, results):
-    line = (f'step {step:6d} | validation loss {results["val_loss"]:.4f} | '
+    return (f'step {step:6d} | validation loss {results["val_loss"]:.4f} | '
             f'{results["val_bpb"]:.4f} bits per byte')
-    for name, value in results.items():
-        if name.startswith('val_loss/'):                    # a mixture's sources
-            line += f' | {name.removeprefix("val_loss/")} {value:.4f}'
-    return line
 
 
 def relative_load(load):

@@ -246,6 +246,21 @@ def chosen_linear(rows, weight, chosen):
     return torch.cat([F.linear(row, weight[e]) for row, e in pairs])
 
 
+def dropout(x, p, training):
+    """Dropout of x (...), with probability p in steps of 1/65536.
+
+        F.dropout(x, p, training)
+
+    A CPU would draw a number at a time for it; here four elements share one of 64 bits.
+    """
+    if not training or p == 0 or x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    dropped = round(2**16 * p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
+    return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
 LOGITS_OF_A_CHUNK = 2**26
 
 

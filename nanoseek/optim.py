@@ -44,18 +44,17 @@ def parameter_groups(model, s):
         rows = ()
         if s.optimizer == 'muon' and kind.endswith(('_proj', '_mqa')) and p.numel() > 0:
             rows = blocks.get(kind, (p.shape[-2],))
-        decay = s.weight_decay if p.dim() > 1 else 0.0
         scale = s.embedding_lr if kind in ('embed_tokens', 'lm_head') else 1.0
-        groups.setdefault((rows, decay, scale), []).append(p)
-    return [{'params': params, 'weight_decay': decay, 'rows': list(rows), 'scale': scale}
-            for (rows, decay, scale), params in groups.items()]
+        groups.setdefault((rows, p.dim() > 1, scale), []).append(p)
+    return [{'params': params, 'weight_decay': s.weight_decay * decays, 'rows': list(rows),
+             'scale': scale} for (rows, decays, scale), params in groups.items()]
 
 
 def set_learning_rate(optimizer, step, s):
     """Set every group's learning rate for a step. Return the rate without the groups' scales."""
     lr = learning_rate_at(step, s)
     for group in optimizer.param_groups:
-        group['lr'] = lr * group.get('scale', 1.0)      # older checkpoints have no scale
+        group['lr'] = lr * group['scale']
     return lr
 
 

@@ -85,11 +85,12 @@ def check_model(c):
                 f'at most {reach}, the routed experts within reach')
 
 
-def near(name, names, otherwise=''):
-    matches = difflib.get_close_matches(name, names, 1)
-    if matches:
-        return f", did you mean '{matches[0]}'?"
-    return otherwise
+def refuse_pointer(file):
+    """Raise ValueError for the three lines that a clone without git-lfs has instead of a file."""
+    with open(file, 'rb') as f:
+        if f.read(40).startswith(b'version https://git-lfs'):
+            raise ValueError(f'{file} is a Git LFS pointer, the file itself is not here: git lfs '
+                             'pull')
 
 
 @contextlib.contextmanager
@@ -129,7 +130,7 @@ def load(*classes, argv=None, positional='', usage=''):
             name, text = option(arg, rest, hints)
             given[name] = typed(name, text, hints, 'on the command line', literal(text))
         elif arg.endswith('.py'):
-            for name, value in read_file(arg).items():
+            for name, value in read_file(arg, hints).items():
                 given[name] = typed(name, value, hints, f'in {arg}')
         elif free:
             given[free.pop(0)] = arg
@@ -155,11 +156,11 @@ def option(arg, rest, hints):
     return name, rest.pop(0)
 
 
-def read_file(path):
-    """Execute a config file. Return what it assigns, {name: value}."""
+def read_file(path, hints):
+    """Execute a config file. Return what it assigns, {name: value}. Functions, modules and
+    imported names are no settings, unless they have the name of one."""
     if not Path(path).is_file():
-        files = [str(file) for file in Path('config').glob('*.py')]
-        raise ValueError(f"no config file '{path}'" + near(path, files))
+        raise ValueError(f"no config file '{path}'")
     try:
         scope = runpy.run_path(path)
     except Exception as e:
@@ -168,11 +169,12 @@ def read_file(path):
             if frame.filename == path:
                 line = frame.lineno
         raise ValueError(f'{path}, line {line}: {type(e).__name__}: {e}') from e
-    values = {}
-    for name, value in scope.items():
-        if not name.startswith('_') and not isinstance(value, types.ModuleType):
-            values[name] = value
-    return values
+    helpers = {name for name, value in scope.items()
+               if name.startswith('_') or callable(value) or isinstance(value, types.ModuleType)}
+    for node in ast.walk(ast.parse(Path(path).read_bytes())):
+        if isinstance(node, ast.ImportFrom):
+            helpers.update(alias.asname or alias.name for alias in node.names)
+    return {name: value for name, value in scope.items() if name not in helpers - hints.keys()}
 
 
 def literal(text):
@@ -193,9 +195,11 @@ def typed(name, value, hints, where, *first):
     """Return the first of (*first, value) that has the field's type: 1e4 is fine for an int, and
     1 for a float. No number is below 0. ValueError if none fits, or if there is no such field."""
     if name not in hints:
-        raise ValueError(f"unknown setting '{name}' {where}"
-                         + near(name, hints, ' (--help lists them)'))
+        near, = difflib.get_close_matches(name, hints, 1) or ['--help']
+        raise ValueError(f"unknown setting '{name}' {where}, did you mean '{near}'?")
     for candidate in (*first, value):
+        if isinstance(candidate, str) and candidate.startswith('~/'):
+            candidate = os.path.expanduser(candidate)
         is_number = type(candidate) in (int, float) and str not in kinds(hints[name])
         if is_number and candidate < 0:
             raise ValueError(f'{name}={value} {where}: must be at least 0')

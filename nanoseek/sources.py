@@ -15,6 +15,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanoseek.settings import refuse_pointer
+
 # A single text: where it is, shares of val and test, license
 TEXTS = {
     'shakespeare': ('data/shakespeare/input.txt', (0.05, 0.05), 'public domain'),
@@ -181,6 +183,8 @@ def open_source(s, revision=None):
     split = s.split or split
     field = s.text_field or field
     path = Path(where)
+    if path.is_file():
+        refuse_pointer(path)
     is_folder = bool(where) and path.is_dir()               # Path('') is a folder, too
     origin = {'name': source_name(s), 'path': where, 'license': license}
     if path.is_file() and ending(path) in ('.txt', '.md'):
@@ -214,8 +218,6 @@ def open_text(origin, data, shares):
         text = data.decode('utf-8-sig')
     except UnicodeDecodeError as e:
         raise ValueError(f'{where} is not UTF-8 text: {e}') from e
-    if len(text) < 100:
-        raise ValueError(f'{where} has {len(text)} characters, and needs at least 100')
     val, test = shares
     train_ends = int(len(text) * round(1 - val - test, 9))
     val_ends = int(len(text) * round(1 - test, 9))
@@ -233,6 +235,8 @@ def open_files(origin, field):
         names = glob.glob('**/*', root_dir=paths[0], recursive=True)
         paths = sorted(paths[0] / name for name in names if ending(name))
         paths = [path for path in paths if path.is_file()]
+        for path in paths:
+            refuse_pointer(path)
     if not paths:
         raise ValueError(f"no file in '{origin['path']}' ends in {', '.join(READERS)}")
     parts = {str(path): functools.partial(READERS[ending(path)], path, field) for path in paths}
@@ -243,7 +247,6 @@ def open_files(origin, field):
 def open_stream(origin, field, subset, split, revision):
     """Return a dataset on the Hub, or a folder of that form."""
     where = origin['path']
-    paths = [path for path in sorted(Path(where).rglob('*')) if path.is_file()]
     try:
         if not (revision or Path(where).is_dir()):      # one revision, also after a restart
             import huggingface_hub
@@ -253,4 +256,4 @@ def open_stream(origin, field, subset, split, revision):
         raise ValueError(f"'{where}' is no file here, and datasets cannot open it: {e}") from e
     origin = {'name': origin['name'], 'path': where, 'subset': subset, 'split': split,
               'revision': revision, 'license': origin['license']}
-    return Source(origin, field, {where: lambda: stream}, paths)
+    return Source(origin, field, {where: lambda: stream})

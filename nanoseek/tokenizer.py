@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nanoseek import settings
+
 EOT = '<|endoftext|>'
 EOT_NAMES = (EOT, '<|end_of_text|>', '</s>', '<eos>', '<｜end▁of▁sentence｜>')    # of others
 CODE_TOKENS = ['<|im_start|>', '<|im_end|>', '<repo_name>', '<reponame>', '<file_sep>',
@@ -76,6 +78,7 @@ def load_tokenizer(path):
         file = file / 'tokenizer.json'
     try:
         if file.suffix == '.json':
+            settings.refuse_pointer(file)
             tokenizer = Tokenizer.from_file(str(file))
         else:
             tokenizer = Tokenizer.from_pretrained(str(path))
@@ -86,10 +89,11 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def encode(tokenizer, text):
-    """Return the ids of a text, a list. ValueError for a character that has none."""
+def encode(tokenizer, text, whole=True):
+    """Return the ids of a text, a list. whole: with what the tokenizer puts around a whole text,
+    as Llama's <s>; ours add nothing. ValueError for a character that has no id."""
     try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=whole).ids
     except Exception as e:                          # of char_tokenizer alone
         vocab = tokenizer.get_vocab()
         c = next((c for c in text if c not in vocab), '')

@@ -1,9 +1,10 @@
 """Tests of bench.py, as users run it, on a model of a few thousand parameters."""
-import json
 from itertools import product
 
 import pytest
 
+import bench
+import train
 from conftest import run
 from model import Config, Transformer
 
@@ -31,17 +32,20 @@ class GPT(torch.nn.Module):
 """
 
 
-def bench(folder, *options, **env):
-    done = run(folder, 'bench.py', *options, '--json', **env)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def measure(tmp_path, monkeypatch):
+    """Call bench.py's measure with a command line."""
+    def measure(*options):
+        monkeypatch.setattr('sys.argv', ['bench.py', *options])
+        monkeypatch.chdir(tmp_path)
+        return bench.measure(*train.load_settings(bench.Settings, ''), tmp_path / 'weights')
+    return measure
 
 
 @pytest.mark.slow
-def test_a_model_trains_and_decodes_beside_the_others(tmp_path):
+def test_a_model_trains_and_decodes_beside_the_others(tmp_path, measure):
     (tmp_path / 'model.py').write_text(NANOGPT, encoding='utf-8')
-    result = bench(tmp_path, *TINY, '--vs=.', '--optimizer=muon')
-    assert result['settings']['optimizer'] == 'muon'
+    result = measure(*TINY, '--vs=.', '--optimizer=muon')
     assert result['estimated_mb'] > 1
     rows = {row['training']: row for row in result['training']}
     assert list(rows) == ['nanoseek', 'nanoseek, muon', 'GQA, dense, equal FLOPs', 'nanoGPT']
@@ -56,25 +60,23 @@ def test_a_model_trains_and_decodes_beside_the_others(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_says_what_is_measured_and_the_batch_fits_itself(tmp_path):
+def test_a_folder_says_what_is_measured_and_the_batch_fits_itself(tmp_path, measure):
     model = Transformer(Config(vocab_size=64, hidden_size=32, num_hidden_layers=1,
                                n_routed_experts=4))
     model.save_pretrained(tmp_path / 'model')
     options = ('--init_from=model --batch_size=0 --global_batch_size=3 --block_size=16 --rounds=1 '
                '--contexts=8 --batch_sizes=1 --new_tokens=4 --device=cpu').split()
-    result = bench(tmp_path, *options, '--vs=transformers')
-    settings = result['settings']
-    assert (settings['hidden_size'], settings['batch_size']) == (32, 3)
+    result = measure(*options, '--vs=transformers')
+    assert 'hidden 32' in result['model'] and '3 x 16 tokens' in result['model']
     parameters = {row['training']: row['parameters'] for row in result['training']}
     assert parameters['transformers, eager'] == parameters['nanoseek']
     assert 'transformers, batched_mm' in {row['decoding'] for row in result['decoding']}
-    assert 'Self CPU time total' in bench(tmp_path, *options, '--profile')['profile']
+    assert 'Self CPU time total' in measure(*options, '--profile')['profile']
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('options, words', [
-    ('--vs=nowhere', 'vs=nowhere'), ('--contexts=8,', 'contexts=8,'),
-    ('--new_tokens=1', 'at least 2'),
+    ('--vs=nowhere', 'vs=nowhere'), ('--contexts=8,', 'invalid literal'),
     ('--compile=true --n_routed_experts=0 --num_nextn_predict_layers=0 --num_hidden_layers=1',
      'torch.compile does not work here')])
 def test_a_mistake_is_one_line(tmp_path, options, words):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import convert
 import prepare
 from conftest import asset, metrics, run
-from convert import Settings, check, perturb, rows, to_mla, to_moe
+from convert import Settings, check, rows, to_mla, to_moe
 from model import Config, Transformer, rope_table, rotate_pairs
 from nanoseek import settings
 
@@ -108,26 +108,6 @@ def test_experts_equal_the_mlp_here_and_in_transformers(layout, tmp_path):
     assert new.expert_load.double().std() > 0           # the router's choice is not a tie
 
 
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_noise_separates_equal_experts_and_moves_nothing_else(layout):
-    model = make_dense()
-    s = parse(LAYOUTS[layout])
-    new = to_moe(model, s)
-    experts = new.moe_layers[0].experts.down_proj
-    assert torch.equal(experts[0], experts[1])
-    before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
-    perturb(new, 0.01)
-    assert not torch.equal(experts[0], experts[1])
-    for name, tensor in new.state_dict().items():
-        moved = (tensor - before[name]).norm()
-        if 'gate.weight' in name or '.experts.' in name:
-            assert 0 < moved < 0.02 * before[name].norm()
-        else:
-            assert moved == 0
-
-
-# ------------------------------------------------------------------------------------- MLA
-
 def test_complex_rows_turn_as_pairs_of_rows():
     """A complex factor on a pair commutes with RoPE, in DeepSeek's order of rows."""
     rope = rope_table(Config(vocab_size=V, max_position_embeddings=T), 8)           # (2, T, 4)
@@ -159,7 +139,7 @@ def test_more_rank_means_less_error():
 def test_the_fit_brings_the_outputs_closer():
     model = make_dense()
     before = to_mla(model, mla_settings(''), tokens(16))
-    after = to_mla(model, mla_settings('--fit_steps=40 --fit_lr=3e-3'), tokens(16))
+    after = to_mla(model, mla_settings('--fit_steps=120'), tokens(16))
     assert distance(model, after, tokens(16)) < 0.8 * distance(model, before, tokens(16))
 
 
@@ -181,16 +161,15 @@ def test_a_converted_model_is_equal_in_transformers_and_reproducible(folder):
 # -------------------------------------------------------------------------------- mistakes
 
 MISTAKES = {
-    '': 'nothing to convert',
     '--attention=mla': 'set --calibration',
     f'{MLA} --calibration=DATA,nowhere': 'no dataset in data/nowhere',
     f'{MLA} --calibration=OTHER': "does not have the model's tokens",
     f'{MLA} --calibration=DATA --block_size=9999': 'block_size=9999 needs',
     f'{MLA} --calibration=DATA --block_size=0': 'block_size=0: must be at least 1',
     f'{MLA} --calibration=DATA --kv_lora_rank=49': 'kv_lora_rank=49: must be',
-    f'{MLA} --calibration=DATA --qk_rope_head_dim=14': 'qk_rope_head_dim=14: must be even',
+    f'{MLA} --calibration=DATA --qk_rope_head_dim=14': 'qk_rope_head_dim=14: must be at most',
     f'{MLA} --calibration=DATA --qk_nope_head_dim=13': 'qk_nope_head_dim=13: must be',
-    '--n_routed_experts=1': 'at most n_routed_experts=1',
+    '--n_routed_experts=1': 'num_experts_per_tok=2: must be at most 1',
     '--kv_lora_rnak=3': "did you mean 'kv_lora_rank'"}
 
 
@@ -203,12 +182,6 @@ def test_mistakes_stop_the_conversion(folder, options):
     with pytest.raises(ValueError, match=MISTAKES[options]):
         convert_dense(folder, given)
     assert not (folder / 'new').exists()
-
-
-def test_a_mistake_is_one_line_and_status_2(folder):
-    result = run(folder, 'convert.py', 'dense', 'new', '--attention=mla')
-    assert (result.returncode, result.stdout, result.stderr.count('\n')) == (2, '', 1)
-    assert result.stderr.startswith('convert.py: attention=mla is fitted to text')
 
 
 def test_only_an_earlier_conversion_is_replaced(folder):

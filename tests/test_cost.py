@@ -20,23 +20,6 @@ MODEL = Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention
                num_nextn_predict_layers=1)
 
 
-def test_parameters_are_those_counted_by_hand():
-    heads, layers = 2, 3                                # with the MTP layer
-    attention = 32 * (4 + 6) * heads + 32 * (8 + 6) + 8 * (4 + 5) * heads + 5 * heads * 32
-    expert = 3 * 32 * 10
-    table = cost.parameter_table(Transformer(MODEL))
-    expected = {
-        'attention': layers * attention,
-        'mlp': 3 * 32 * 20,
-        'moe': 2 * (4 * expert + expert + 4 * 32),      # routed, shared, the router
-        'embedding': 50 * 32,
-        'mtp': 2 * 32 * 32,
-        'norms': layers * (2 * 32 + 8) + 32 + 3 * 32,   # enorm, hnorm and its head's
-    }
-    total = sum(expected.values())
-    assert table == {**expected, 'total': total, 'active': total - 2 * (4 - 3) * expert}
-
-
 class Live(TorchDispatchMode):
     """While this lasts, peak is the most bytes in tensors other than the known ones."""
     def __init__(self, known):
@@ -116,9 +99,9 @@ def test_gradient_checkpointing_and_shards_are_for_what_does_not_fit_otherwise()
     assert not s.gradient_checkpointing and not dist.sharded and 'fit' not in line
     s, _, line = fit(need(1) - 2)
     assert s.gradient_checkpointing and need(s.batch_size, True) < need(1)
-    assert 'gradient_checkpointing=true: nothing fits without it' in line
+    assert line.endswith('with gradient_checkpointing=True, fsdp=False')
     _, dist, line = fit(0.95 * need(1, True), (False, True), 12)
-    assert dist.sharded and 'parallel=fsdp: a whole model does not fit' in line
+    assert dist.sharded and line.endswith('fsdp=True')
 
 
 def test_what_does_not_fit_is_refused_or_warned_of():
@@ -136,4 +119,4 @@ def test_an_architecture_and_its_cache_in_a_line():
     assert cost.architecture(linear) == ('linear attention, 2 layers, hidden 32, 2 heads, '
                                          'vocabulary 50')
     assert cost.cache_line(MODEL, torch.bfloat16) == (      # 2 layers x 2 bytes x (8 + 6)
-        'cache: 56 bytes a token, as GQA 40, as MHA 80')
+        'cache: 56 bytes a token, as MHA 80')

@@ -1,5 +1,4 @@
 """Tests of demo.py: its functions are called as the page calls them."""
-import re
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def test_favorites_go_to_an_expert_more_often_than_to_others():
         [0, '0.90', 'a'], [1, '1.20', '␣  b'], [2, '0.90', '␣  b']]
 
 
-def test_a_text_grows_and_its_drafts_are_counted():
+def test_a_text_grows():
     model = make(initializer_range=0.02)
     *growing, last = demo.write(('folder', model, TOKENIZER), 'abc', 100, 1.0, 3, 5)
     text, line, tokens, (pieces, _, _) = last
@@ -64,8 +63,6 @@ def test_a_text_grows_and_its_drafts_are_counted():
         assert text.startswith(early)
     assert len(tokens) == len(pieces) == 60         # the model's context
     assert line.startswith('100 tokens, ')
-    accepted = int(re.search(r'(\d+) of \d+ drafts', line)[1])
-    assert 0 < accepted < 100
 
 
 @pytest.mark.parametrize('prompt, problem', [

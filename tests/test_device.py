@@ -1,12 +1,9 @@
 """Tests of nanoseek/device.py"""
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import ROOT
 from model import Config, Transformer
 from nanoseek.device import fast_dtype, fits_fp8, memory_limit, pick_device, to_fp8
 from train import Settings
@@ -27,13 +24,8 @@ def test_a_missing_device_is_refused_with_one_that_is_there():
     assert pick_device(Settings(device='quantum', dtype='float32'), CPU) == (CPU, torch.float32)
 
 
-def test_memory_is_shared_by_ranks_and_limited_by_ulimit():
-    alone = memory_limit(CPU)
-    assert memory_limit(CPU, 4) < alone / 4
-    code = 'import torch, nanoseek.device as d; print(d.memory_limit(torch.device("cpu")))'
-    command = f'ulimit -v {4 * 2**20}; exec {sys.executable} -c \'{code}\''
-    limited = subprocess.check_output(['bash', '-c', command], cwd=ROOT)
-    assert float(limited) == min(alone, 2**32 - 2**29)
+def test_memory_is_shared_by_ranks():
+    assert memory_limit(CPU, 4) < memory_limit(CPU) / 4
 
 
 def test_linear_layers_train_in_fp8():
@@ -62,4 +54,4 @@ def test_linear_layers_train_in_fp8():
 
 def test_fp8_without_its_gpu_is_refused():
     with pytest.raises(ValueError, match='fp8=rowwise needs .* 8.9 or above'):
-        to_fp8(None, 'rowwise', CPU, torch.bfloat16)
+        to_fp8(None, 'rowwise', CPU)

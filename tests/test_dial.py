@@ -1,7 +1,6 @@
 """Tests of nanoseek/dial.py"""
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -106,7 +105,3 @@ def test_a_run_is_trained_and_shown(tmp_path):
     assert saved['kv_lora_rank'] == c.kv_lora_rank
     done = run(tmp_path, 'train.py', '--depth=1', '--dataset=abc', '--max_steps=0')
     assert 'at 40% of the rate of a matmul here' in done.stdout
-    times, limit = re.search(r'tokens are (\d+) times .*--tokens=(\d+)', done.stdout).groups()
-    count = json.loads((tmp_path / 'data/abc/meta.json').read_text())['splits']['train']['tokens']
-    assert int(times) == pytest.approx(turn(1, vocab_size=9)[0].tokens / count, rel=0.05)
-    assert int(limit) <= 4 * count

@@ -236,7 +236,6 @@ def test_a_step_with_nan_in_a_gradient_is_skipped_and_changes_nothing(tmp_path, 
     torch.testing.assert_close(*snapshots, rtol=0, atol=0)
 
     losses = metrics(tmp_path / 'out')
-    del losses[4]
     assert list(losses) == [1, 2, 3, 5, 6]
     assert losses[5] == pytest.approx(loss_on(data, tmp_path / 'out/step-000003', 5), rel=1e-6)
 

@@ -233,6 +233,31 @@ def test_a_tensor_without_a_place_is_refused_unless_the_model_is_the_same(tmp_pa
         load_ours(tmp_path)
 
 
+def test_a_head_that_differs_from_the_embedding_is_untied_as_in_transformers(tmp_path):
+    make_theirs('Llama', tie_word_embeddings=True).save_pretrained(tmp_path)
+    add_tensor(tmp_path, 'lm_head.weight', torch.randn(61, 48))
+    check_equal(load_ours(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize('name, shape, problem', [
+    ('shared_head.head.weight', (61, 32), 'differs from lm_head.weight'),
+    ('embed_tokens.weight', (61, 32), 'differs from model.embed_tokens.weight'),
+    ('mlp.experts.9.up_proj.weight', (3, 3), 'has no place')])
+def test_a_tensor_of_an_mtp_layer_is_a_copy_or_refused(tmp_path, name, shape, problem):
+    make_ours(**OURS['DeepseekV3'], num_nextn_predict_layers=1).save_pretrained(tmp_path)
+    load_ours(tmp_path)
+    add_tensor(tmp_path, f'model.layers.2.{name}', torch.randn(shape))
+    with pytest.raises(ValueError, match=f'{name} {problem}'):
+        load_ours(tmp_path)
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    make_ours().save_pretrained(tmp_path)
+    (tmp_path / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\n')
+    with pytest.raises(ValueError, match='model.safetensors is a Git LFS pointer'):
+        load_ours(tmp_path)
+
+
 def test_mtp_layers_that_are_not_wanted_or_not_there_are_left_out(tmp_path, capsys):
     ours = make_ours(**OURS['DeepseekV3 with MTP'])
     ours.save_pretrained(tmp_path)

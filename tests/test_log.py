@@ -2,6 +2,8 @@
 named as the first that is not finite."""
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def start(tmp_path):
         for open_log in logs:
             open_log.close()
         s = train.Settings(out_dir=str(tmp_path / 'out'), max_steps=9, **given)
-        logs[:] = [log.Log(s, step, {'seed': 1}, quiet)]
+        logs[:] = [log.Log(s, SimpleNamespace(step=step, id='abc'), {'seed': 1}, quiet)]
         return logs[0]
     yield start
     for open_log in logs:
@@ -51,8 +53,10 @@ def start(tmp_path):
 
 
 def rows(folder):
-    lines = (folder / 'out/metrics.jsonl').read_text('utf-8').splitlines()
-    return [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in open(folder / 'out/metrics.jsonl', encoding='utf-8')]
+    seconds = [row.pop('elapsed_s') for row in rows]
+    assert seconds == sorted(seconds)                       # it goes on where a run continues
+    return rows
 
 
 def test_metrics_are_json_with_null_for_what_is_not_finite(tmp_path, start):
@@ -73,6 +77,35 @@ def test_a_resumed_log_drops_what_will_be_repeated(tmp_path, start):
         (1, 1.0), (1, None), (2, 1.0), (2, None), (3, 2.0)]
 
 
+def test_tensorboard_shows_a_resumed_run_once(tmp_path, start):
+    accumulator = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    first = start(tensorboard=True)
+    for step in (1, 2, 3, 4):
+        first.add(step=step, loss=1.0)
+    start(step=2, tensorboard=True).add(step=3, loss=2.0)
+
+    def shown():
+        events = accumulator.EventAccumulator(str(tmp_path / 'out/tensorboard')).Reload()
+        return [(event.step, event.value) for event in events.Scalars('loss')]
+    start(step=3)
+    assert shown() == [(1, 1), (2, 1), (3, 2)]
+    start(tensorboard=True).add(step=1, loss=3.0)           # from nothing
+    start()
+    assert shown() == [(1, 3)]
+
+
+def test_wandb_gets_the_step_as_a_metric(monkeypatch, start):
+    calls = []
+
+    def init(**given):
+        calls.append(given['id'])
+        return SimpleNamespace(log=calls.append, define_metric=lambda *args, step_metric: None,
+                               finish=lambda: None)
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init))
+    start(wandb=True).add(step=1, loss=1.0)
+    assert calls[0] == 'abc' and (calls[1]['step'], calls[1]['loss']) == (1, 1.0)
+
+
 def test_train_log_is_what_the_terminal_shows_and_is_continued(tmp_path, start, capsys):
     for line in ('caf\u00e9 \u4e2d', 'second'):
         start().say(line)
@@ -83,7 +116,7 @@ def test_train_log_is_what_the_terminal_shows_and_is_continued(tmp_path, start, 
 def test_one_process_writes_to_a_folder(start):
     start()
     with pytest.raises(ValueError, match='another process is writing to'):
-        log.Log(train.Settings(out_dir=start().dir), 0, {})
+        log.Log(train.Settings(out_dir=start().dir), None, {})
 
 
 # ----------------------------------------------------------------------------------- culprit

@@ -185,6 +185,22 @@ def test_logits_are_computed_once_and_never_as_a_whole():
     assert counter.get_total_flops() == 2 * 1024 * 4 * 2**18
 
 
+# --------------------------------------------------------------------------------- dropout
+
+@pytest.mark.parametrize('p', [0.1, 0.5, 0.99])
+def test_dropout_drops_a_share_and_scales_the_rest(p):
+    x = torch.rand(1001, 503).add(1).requires_grad_()
+    y = ops.dropout(x, p, True)
+    kept = y != 0
+    share = kept.double().mean().item()
+    deviation = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(share - (1 - p)) <= 4 * deviation + 2**-16
+    close(y[kept], x[kept] / (1 - p), 1e-3)
+    y.sum().backward()
+    close(x.grad * x.detach(), y)
+    assert ops.dropout(x, p, False) is x
+
+
 # ---------------------------------------------------------------------------------- dtypes
 
 def test_compute_dtype_is_what_autocast_gives_a_matmul(device):

@@ -62,7 +62,7 @@ def test_no_number_is_below_0():
 
 @pytest.mark.parametrize('argument, words', [
     ('--cout=1', "unknown setting 'cout' on the command line, did you mean 'count'?"),
-    ('--qqq=1', "unknown setting 'qqq' on the command line (--help lists them)"),
+    ('--qqq=1', "unknown setting 'qqq' on the command line, did you mean '--help'?"),
     ('--count', '--count needs a value'), ('word', "unexpected argument 'word'"),
     ('my.p.py', "no config file 'my.p.py'")])
 def test_what_is_not_a_setting_is_refused_with_a_suggestion(argument, words):
@@ -74,7 +74,8 @@ def test_later_settings_win_in_files_and_on_the_command_line(tmp_path):
     a, b = str(tmp_path / 'a.py'), str(tmp_path / 'b.py')
     (tmp_path / 'a.py').write_text(
         'import math\n_half = 0.5\ncount = 1e3\nrate = _half * 2\nname = "a"')
-    (tmp_path / 'b.py').write_text('name = "b"')
+    (tmp_path / 'b.py').write_text('from math import pi, sqrt\ndef half(x):\n    return x / 2\n'
+                                   'name = "b"')
     assert load(a) == {'count': 1000, 'rate': 1.0, 'name': 'a'}
     assert load(a, b)['name'] == 'b'
     assert load(b, a, '--flag') == {**load(a), 'flag': True}
@@ -97,6 +98,14 @@ def test_a_mistake_in_a_config_file_names_its_line(tmp_path, monkeypatch, text, 
     (tmp_path / 'my.py').write_text(text, encoding='latin-1')
     with pytest.raises(ValueError, match=re.escape(words)):
         load('my.py')
+
+
+def test_a_path_may_begin_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    (tmp_path / 'a.py').write_text('either = "~/runs"')
+    assert load('--name=~/a', str(tmp_path / 'a.py')) == {'name': '/home/me/a',
+                                                          'either': '/home/me/runs'}
+    assert load('--name=~') == {'name': '~'}
 
 
 def test_help_has_a_line_for_every_setting(capsys):

@@ -140,13 +140,15 @@ def test_a_tokenizer_that_adds_a_space_gets_whole_texts():
 
 # ------------------------------------------------------------------------------ what is loaded
 
-def test_bos_and_truncation_of_a_tokenizer_stay_out(tmp_path):
+def test_a_whole_text_gets_what_its_tokenizer_adds_and_is_not_cut_off(tmp_path):
     tokenizer = bpe_of_bytes()
     tokenizer.post_processor = processors.TemplateProcessing(
         single='<|endoftext|> $A', pair='$A $B', special_tokens=[('<|endoftext|>', 256)])
     tokenizer.enable_truncation(7)
     tokenizer.save(str(tmp_path / 'tokenizer.json'))
-    assert len(encode(load_tokenizer(tmp_path), 'twelve bytes')) == 12
+    ids = encode(load_tokenizer(tmp_path), 'twelve bytes')
+    assert (len(ids), ids[0]) == (13, 256)
+    assert encode(load_tokenizer(tmp_path), 'twelve bytes', whole=False) == ids[1:]
 
 
 @pytest.mark.parametrize('name', ['bpe', 'gpt2'])

@@ -3,8 +3,6 @@ restart; mixtures against a counter for each source."""
 import hashlib
 import json
 import shutil
-import zlib
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +96,6 @@ def change_meta(folder, **changes):
 @pytest.mark.parametrize('damage, line', [
     # earlier versions began a new file every 100M tokens
     (lambda folder: (folder / 'val.bin').write_bytes(b'abc'), 'val.bin has 3 bytes, .*100 tokens'),
-    (lambda folder: (folder / 'tokenizer.json').write_text('{ }'), 'json in .* did not make'),
     (lambda folder: change_meta(folder, version=1), 'another version'),
     (lambda folder: change_meta(folder, pack=64), 'packed rows')])
 def test_files_of_other_versions_or_datasets_are_refused(ramp, damage, line):
@@ -107,16 +104,9 @@ def test_files_of_other_versions_or_datasets_are_refused(ramp, damage, line):
         TokenData(ramp.directory)
 
 
-def test_ids_beyond_the_vocabulary_are_noticed(ramp):
-    ramp.check()
-    change_meta(ramp.directory, vocab_size=1800)
-    with pytest.raises(ValueError, match='val.bin has token 1,899, and the vocabulary 1,800'):
-        TokenData(ramp.directory).check()
-
-
-def test_what_is_not_there_is_no_dataset(tmp_path):
+def test_what_is_not_there_is_no_dataset():
     with pytest.raises(NoDataset, match="no dataset in .*foo: run 'python prepare.py foo'"):
-        open_data('foo', root=tmp_path)
+        open_data('foo')
 
 
 # ------------------------------------------------------------------------------------ mixtures
@@ -128,15 +118,11 @@ SHARES = [(0.7, 0.3), (0.001, 0.999), (0.333333,) * 3, (0.123456, 0.654321),
 @pytest.mark.parametrize('shares', SHARES)
 def test_any_first_sequences_of_a_mixture_have_its_shares(shares):
     k = len(shares)
-    exact = [Fraction(str(share)) for share in shares]
     counts = whole_counts({str(i): share for i, share in enumerate(shares)})
     period = sum(counts)
-    source, rank = schedule(counts)
-    assert len(source) == period and np.bincount(source).tolist() == counts
-    for i in range(k):
-        error = abs(Fraction(counts[i], period) - exact[i] / sum(exact))
-        assert error == 0 or period > 99_000 and error < Fraction(1, period)
-        assert rank[source == i].tolist() == list(range(counts[i]))
+    assert counts == pytest.approx(np.array(shares) / sum(shares) * period, abs=1)
+    source, _ = schedule(counts)
+    assert np.bincount(source).tolist() == counts
     drawn = (source[:, None] == np.arange(k)).cumsum(0)         # of each source in the first n
     off = abs(drawn * period - np.arange(1, period + 1)[:, None] * counts)      # times period
     assert off.max() * (2 * k - 2) <= period * (2 * k - 3)
@@ -153,21 +139,6 @@ def slopes(tmp_path):
     return {name: str(write_dataset(tmp_path / name, part)) for name, part in parts.items()}
 
 
-def test_a_mixture_is_what_a_counter_for_each_source_gives(slopes):
-    shares = {'up': 0.5, 'down': 0.2, 'third': 0.3}
-    mixture = open_data({slopes[name]: share for name, share in shares.items()})
-    x, y = mixture.batch('train', range(500), 50, seed=7)
-    counters = dict.fromkeys(shares, 0)
-    for i in range(500):
-        name = next(name for name, slope in SLOPES.items() if slope == y[i, 0] - x[i, 0])
-        data = TokenData(slopes[name])
-        seed = 7 ^ zlib.crc32(data.fingerprint().encode()) << 32
-        x1, y1 = data.batch('train', [counters[name]], 50, seed)
-        assert (x[i] == x1[0]).all() and (y[i] == y1[0]).all()
-        counters[name] += 1
-    assert counters == {'up': 250, 'down': 100, 'third': 150}
-
-
 def test_a_sequence_of_a_mixture_depends_on_seed_and_number_alone(slopes, tmp_path):
     shares = {slopes['up']: 0.6, slopes['down']: 0.4}
     numbers = np.array([0, 5, 34, 35, 36, 1000, 123456789, 5, 2**40])
@@ -177,8 +148,9 @@ def test_a_sequence_of_a_mixture_depends_on_seed_and_number_alone(slopes, tmp_pa
         x1, _ = open_data(shares).batch('train', numbers[i:i + 1], 50, seed=3)
         assert (x1[0] == x[i]).all()
     assert (mixture.batch('train', numbers, 50, seed=4)[0] != x).any()
-    shutil.copytree(slopes['up'], tmp_path / 'data/other')      # other names, in another order
-    same = open_data({slopes['down']: 2, 'other': 3}, root=tmp_path / 'data')
+    other = str(tmp_path / 'other')                     # other names, in another order
+    shutil.copytree(slopes['up'], other)
+    same = open_data({slopes['down']: 2, other: 3})
     assert (same.batch('train', numbers, 50, seed=3)[0] == x).all()
     assert same.fingerprint() == mixture.fingerprint()
     assert open_data({**shares, slopes['up']: 0.5}).fingerprint() != mixture.fingerprint()
