@@ -130,7 +130,7 @@ def build(gr, loaded, prompt):
                        gr.Slider(0, 200, 50, step=1, label='Top k, 0: all'),
                        gr.Number(1337, label='Seed', precision=0)]
             button = gr.Button('Write', variant='primary')
-        text = gr.Textbox(label='Text', info=architecture(model.config), lines=6)
+        text = gr.Textbox(label='Text', info=architecture(model.config))
         line = gr.Markdown()
         insight = gr.State()                    # (pieces, likeliest, experts)
         tokens = gr.HighlightedText(label='How likely each token was', color_map=LIKELY, **LEGEND)

@@ -176,8 +176,7 @@ class GQA(nn.Module):
 
 
 class LinearAttention(GQA):
-    """The feature map elu + 1 replaces the softmax [5]. Decoding keeps one matrix per head, however
-    long the past is."""
+    """The feature map elu + 1 replaces the softmax [5]. Decoding keeps one matrix per head."""
     CHUNK = 64
 
     @staticmethod
@@ -635,7 +634,6 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **overrides):
-        """Load a folder with a Llama, Glm4Moe or DeepseekV3 model, or one of ours. overrides:
-        fields of Config"""
+        """Load a folder with a Llama, Glm4Moe or DeepseekV3. overrides: fields of Config"""
         from nanoseek import hf
         return hf.from_pretrained(folder, dtype, **overrides)

@@ -33,8 +33,8 @@ from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData
 
 BPE_TEXT = 1 << 28          # characters that bpe:N is trained on
 SHARES = (0.005, 0.005)     # of val and test, if the settings do not say otherwise
-SAVE_SECONDS = 5.0          # between two notes of how far a preparation has come
-# meta.json has what the token files follow from, with three former settings
+SAVE_SECONDS = 5.0          # between saves of progress.json
+# meta.json records the settings behind the files, and three retired ones
 RECIPE = ('source tokenizer text_field subset split format tokens val_frac test_frac end_of_text '
           'special_in_text deduplicate pack bad_documents shard_tokens').split()
 FORMER = {'format': 'txt', 'pack': 0, 'shard_tokens': 100_000_000}
@@ -50,8 +50,8 @@ class Settings:
     text_field: str = ''        # the field of documents that has their text; if empty 'text'
     subset: str = ''            # of a Hub dataset (its "config")
     split: str = ''             # of a Hub dataset; if empty train
-    tokens: int | None = None   # stop after the document that makes it so many; none: all
-    val_frac: float | None = None       # share of the documents for validation; none: 0.005
+    tokens: int | None = None   # stop after the document that reaches it; none: all
+    val_frac: float | None = None       # share of documents for validation; none: 0.005
     test_frac: float | None = None      # share for testing; none: the same
     end_of_text: bool = True            # end every document with the end-of-text token
     special_in_text: bool = False       # a special token spelled in a text is that token
@@ -66,7 +66,7 @@ class Settings:
                          'at least 1, or none')
         settings.require(self, 'val_frac', 0 < val < 1, 'above 0 and below 1')
         settings.require(self, 'test_frac', 0 <= test and val + test < 1,
-                         'at least 0, and with val_frac below 1 (none is the same as that)')
+                         'at least 0, and below 1 when added to val_frac (none: val_frac)')
 
     def shares(self, default):
         """Return the shares of val and test. default: both, if val_frac is not given."""
@@ -92,8 +92,8 @@ def prepare(s):
         if (work / 'meta.json').exists():           # stopped while it moved its files
             move(work, out)
         if s.resume == 'auto' and is_complete(out, recipe, source):
-            print(f'{out} is complete, by the same settings and from the same text: '
-                  '--resume=never makes it again')
+            print(f'{out} is complete for these settings and this text: --resume=never '
+                  'rebuilds it')
             return out
         if note:
             different = differences(note['meta'], work / 'progress.json', recipe, source)
@@ -132,7 +132,7 @@ def is_complete(out, recipe, source):
 
 
 def differences(meta, file, recipe, source):
-    """Return in what meta, which was written to that file, is from another command."""
+    """List how meta, read from file, differs from what this command would write."""
     old = meta['recipe']
     different = [f'{name}={old[name]}' for name in recipe if recipe[name] != old[name]]
     if different == ['bad_documents=stop']:         # there was none so far
@@ -262,7 +262,7 @@ def hash_and_split(document, s):
 
 
 class Output:
-    """Files that grow, and progress.json, a note of how much of them counts."""
+    """Growing files, and progress.json: how many bytes of each are valid."""
 
     def __init__(self, folder, note):
         self.folder = folder
@@ -317,15 +317,14 @@ def finish(output):
                              '--val_frac, such as 0.1, with --resume=never')
     print('left out: {bad:,} bad documents, {duplicates:,} duplicates'.format(**meta['left_out']))
     if spelled := output.note.get('spelled'):
-        print(f'{EOT} is spelled {spelled:,} times, and those letters are tokens as all others: '
-              '--special_in_text=true makes it the end of a text, if the tokenizer has it as '
-              'bpe:1024 does')
+        print(f'{EOT} is spelled {spelled:,} times, encoded as plain text each time: '
+              '--special_in_text=true makes it the end of a text (char has none)')
     output.save()
     write_json(output.folder / 'meta.json', meta)
 
 
 def move(work, out):
-    """Put complete files in place. This can be repeated: meta.json goes first and comes last."""
+    """Move finished files in place; can be rerun: old meta.json goes first, new comes last."""
     names = [f'{split}.bin' for split in json.loads((work / 'meta.json').read_bytes())['splits']]
     (work / 'progress.json').unlink(missing_ok=True)
     (out / 'meta.json').unlink(missing_ok=True)

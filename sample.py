@@ -143,7 +143,7 @@ def main(s):
 
     drafts = None
     speculate = s.speculate
-    if speculate == 'auto':                         # compiled passes on a CPU are too quick for it
+    if speculate == 'auto':                         # no gain over compiled passes on a CPU
         speculate = not (s.compile and prompt.device.type == 'cpu')
     if speculate and model.can_draft:
         drafts = Drafts()

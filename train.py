@@ -36,7 +36,7 @@ from nanoseek.tokens import NoDataset, open_data
 @dataclass
 class Settings:
     """Training settings"""
-    depth: int = 0                      # the dial: sets model and training; 0: as given
+    depth: int = 0                      # layers; other settings follow from it; 0: off
     tokens: int = 0                     # with depth: of the whole run; 0: compute-optimal
     out_dir: str = 'out/run'            # where the run is written
     dataset: str | dict = 'shakespeare'  # of prepare.py, or a mixture: {'a': 0.7, 'b': 0.3}
@@ -83,8 +83,8 @@ class Settings:
         settings.require(self, 'tokens', not self.tokens or self.depth,
                          'used with --depth; otherwise max_steps sets the length of a run')
         settings.require(self, 'batch_size', self.batch_size or self.global_batch_size,
-                         'above 0, or used with a global_batch_size, of which as many '
-                         'sequences as fit are taken at a time')
+                         'above 0; or 0 with a global_batch_size, to take as many of its '
+                         'sequences at a time as fit')
 
 
 class OneDevice:
@@ -160,7 +160,7 @@ def make_model(s, given, c, start, folder):
     torch.manual_seed(s.seed)
     if start:
         saved = hf.read_config(start)
-        asked = Config(**hf.config_fields(hf.config_json(c)))   # without what the kind ignores
+        asked = Config(**hf.config_fields(hf.config_json(c)))   # drops fields the kind ignores
         for name in given:
             checkpoint.check_same(start, name, getattr(saved, name), getattr(asked, name))
         return Transformer.from_pretrained(start)
@@ -207,7 +207,7 @@ def micro_batches(data, s, dist, batch, step):
 @torch.no_grad()
 def evaluate(model, data, s, dist):
     """Return the mean loss in nats per token on one source's val split, or on its first eval_steps
-    micro-batches. Ranks take turns, and their number makes no difference."""
+    micro-batches. Ranks share the work; their number changes nothing."""
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)
@@ -245,7 +245,7 @@ def validate(model, data, s, dist):
 
 
 def sample_text(model, data, s, dist):
-    """Return a prompt with 256 tokens of the model, without a trace in the random numbers."""
+    """Return a prompt and 256 generated tokens; the random state stays as it was."""
     tokenizer = load_tokenizer(data.directory)
     try:
         prompt = encode(tokenizer, s.sample_prompt)
@@ -262,7 +262,7 @@ def sample_text(model, data, s, dist):
 
 
 def gradient_norm(model):
-    """The norm of all gradients as one vector, of which a rank with shards has a part"""
+    """The norm of all gradients as one vector; with shards, each rank has a part"""
     return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
@@ -320,7 +320,7 @@ def main(s, given, dist):
     if start:
         run.load(start)
     if run.step >= s.max_steps:
-        print(f'{start} is complete, and its learning rate at the end of its schedule: use its '
+        print(f'{start} is complete and its learning rate schedule has ended: use its '
               f'weights in a new run with --init_from={start} and another --out_dir, or start over '
               'with --resume=never')
         return
@@ -399,7 +399,7 @@ def main(s, given, dist):
         model.expert_load.zero_()
         run.step += 1
 
-        # Too many bad steps: back to a checkpoint, and on with the data that would come now
+        # Too many bad steps: return to a checkpoint, but continue with the next data
         if run.bad >= s.max_bad_steps:
             back = dist.first(checkpoint.newest, s.out_dir)
             if back is None or checkpoint.step_of(back) < first_step - 1:

@@ -44,9 +44,9 @@ class Ranks:
     def __init__(self, s):
         self.rank = int(os.environ['RANK'])
         self.world = int(os.environ['WORLD_SIZE'])
-        device = torch.device('cpu')
+        device = s.device.replace('auto', 'cpu')
         if torch.cuda.is_available() and s.device in ('auto', 'cuda'):
-            device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+            device = f'cuda:{os.environ["LOCAL_RANK"]}'
         self.device, self.dtype = pick_device(s, device)
         self.shardings = {'ddp': [False], 'fsdp': [True], 'auto': [False, True]}[s.parallel]
         if s.parallel == 'auto' and (self.dtype == torch.float16 or self.world == 1):
@@ -57,9 +57,10 @@ class Ranks:
                          'bfloat16 or float32')
         self.connect(datetime.timedelta(minutes=s.timeout_minutes))
         ranks = 1
-        if device.type == 'cpu':
+        if self.device.type == 'cpu':
             ranks = int(os.environ['LOCAL_WORLD_SIZE'])     # they share the machine's memory
-        limit = torch.tensor(memory_limit(device, ranks), dtype=torch.float64, device=device)
+        limit = torch.tensor(memory_limit(self.device, ranks), dtype=torch.float64,
+                             device=self.device)
         dist.all_reduce(limit, dist.ReduceOp.MIN)
         self.limit = limit.item()                   # bytes, alike on all ranks
 

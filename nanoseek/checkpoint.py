@@ -27,7 +27,7 @@ PROGRESS = ('step', 'skipped', 'rollbacks', 'bad', 'losses')
 
 
 class Run:
-    """What a checkpoint keeps of a run. folder: the model's that it started from, or None"""
+    """What a checkpoint keeps of a run. folder: of the model it started from, or None"""
     def __init__(self, model, optimizer, scaler, folder=None):
         self.model = model
         self.optimizer = optimizer
@@ -41,7 +41,7 @@ class Run:
         self.bad = 0                # steps in a row, up to now, that were not finite
         self.losses = {}            # of the last evaluation, for the model card
         self.id = os.urandom(4).hex()       # for Weights & Biases
-        self.lr = math.inf          # of the first parameter group, before it was loaded
+        self.lr = math.inf          # of the last step, if loaded
 
     def state(self):
         device = self.model.head.device
@@ -61,7 +61,8 @@ class Run:
         for i, tensors in state['optimizer']['state'].items():
             for name, tensor in tensors.items():
                 tensors[name] = shard_like(tensor, parameters[i])
-        self.lr = state['optimizer']['param_groups'][0]['lr']
+        first = state['optimizer']['param_groups'][0]
+        self.lr = first['lr'] / first.get('scale', 1.0)
         for saved, group in zip(state['optimizer']['param_groups'], groups):
             saved.update({**group, 'params': saved['params']})      # the settings are this run's
         self.optimizer.load_state_dict(state['optimizer'])
@@ -258,12 +259,12 @@ def prune(out_dir, keep):
                 losses[checkpoint] = loss
     best = min(reversed(losses), key=losses.get, default=None)
     for checkpoint in everything[:-keep]:
-        if keep > 0 and checkpoint != best:
+        if checkpoint != best:
             shutil.rmtree(checkpoint)
 
 
 def clear(out_dir, step):
-    """Remove what a run that starts behind this step will write again."""
+    """Remove what a run that continues after this step will rewrite."""
     for checkpoint in checkpoints(out_dir):
         if step_of(checkpoint) > step:
             shutil.rmtree(checkpoint)

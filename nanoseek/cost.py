@@ -26,7 +26,7 @@ def on_meta(c):
 
 
 def parameter_table(model):
-    """Return {kind: number of parameters}; active are those that one token meets."""
+    """Return {kind: number of parameters}; active: those that one token uses."""
     c = model.config
     table = dict.fromkeys(KINDS, 0)
     for name, p in model.named_parameters():
@@ -47,11 +47,10 @@ def flops_per_token(model, T):
     table = parameter_table(model)
     heads = model.head.numel() * (1 + c.num_nextn_predict_layers)
     weights = table['active'] - table['norms'] - table['embedding'] + heads
-    if c.attention == 'gqa':
-        attention = 4 * c.head_dim * T
-    elif c.attention == 'mla':
+    attention = 4 * c.head_dim * T
+    if c.attention == 'mla':
         attention = 2 * T * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
-    else:           # linear: within a chunk, and with the state that it passes on
+    elif c.attention == 'linear':   # within a chunk, and with the state that it passes on
         chunk = min(LinearAttention.CHUNK, T) * (2 * c.head_dim + 1)
         state = 2 * c.head_dim * (c.head_dim + 1)
         attention = 2 * (chunk + state)
@@ -83,7 +82,7 @@ def memory_estimate(model, s, dtype, device_type):
         copies = 2 * (dtype != torch.float32) * sum(m.weight.numel() for m in linears)
         activations = len(kept) * stream + max(copies + loss, max(kept) + gradient)
     activations += 3 * stream           # the final norm, the gradient on its way back
-    if device_type != 'cpu':            # the update has the memory of the activations
+    if device_type != 'cpu':            # the update reuses the activations' memory
         return states, max(activations, update)
     if dtype != torch.float32:
         activations += CPU_KERNELS
@@ -91,13 +90,13 @@ def memory_estimate(model, s, dtype, device_type):
 
 
 def kept_bytes(layer, c, s, dtype, device_type):
-    """Return the bytes that autograd keeps of a layer's forward pass: the input of each norm,
-    normalized and not, and inputs and outputs of linear layers. In float32, linear layers behind
+    """Return the bytes that autograd keeps of a layer's forward pass: each norm's input, raw
+    and normalized, and inputs and outputs of linear layers. In float32, linear layers behind
     a norm share their input. In other dtypes, autocast copies it, and the weights, for each."""
     T = s.block_size
     tokens = s.batch_size * T
     low = dtype != torch.float32
-    floats = numbers = weights = 0      # of each token in float32, of each in dtype, in dtype
+    floats = numbers = weights = 0      # per token in float32, per token in dtype, in dtype
     for name, module in layer.named_modules():
         if isinstance(module, nn.RMSNorm):
             floats += (3 - low) * module.weight.numel()
@@ -138,7 +137,7 @@ def rank_memory(model, s, dist):
 
 
 def fit(s, c, dist):
-    """Settle batch_size=0, with it gradient_checkpointing, and parallel=auto (dist.sharded).
+    """Choose batch_size and gradient_checkpointing if batch_size=0; dist.sharded if auto.
     Return memory_estimate's numbers, and a line about the choice.
 
     The first choice that fits wins: a whole model, else shards; without gradient checkpointing,
@@ -166,7 +165,7 @@ def fit(s, c, dist):
             break
     megabytes = need(sizes[max(fitting - 1, 0)]) / 2**20
     memory = memory_estimate(model, s, dist.dtype, dist.device.type)
-    if automatic:                       # then eval_steps counts batches of global_batch_size
+    if automatic:                       # eval_steps counted global batches until here
         s.eval_steps *= s.global_batch_size // s.batch_size
     line = (f'{s.batch_size} x {s.block_size} tokens need about {megabytes:,.0f} MB of the '
             f'{dist.limit / 2**20:,.0f} MB that {dist.device} has for a rank, with '

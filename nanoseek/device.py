@@ -121,8 +121,7 @@ def peak_memory(device):
 
 
 def memory_limit(device, ranks=1):
-    """Return the bytes that this process may use: on a GPU what is free; on CPUs its share of the
-    machine or of the control group (cgroup v2) around it."""
+    """Return the bytes free on a GPU, or a CPU process's share of the machine or its cgroup."""
     if device.type == 'cuda':
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)

@@ -96,5 +96,4 @@ def describe(c, s, matmul_rate):
     return [
         f'depth {s.depth}: {s.tokens:,} tokens in {s.tokens / step:,.0f} steps of {step:,}; '
         f'learning rate {s.learning_rate:.1e}',
-        f'{flops:.1e} FLOPs: {flops / matmul_rate / 0.4 / 60:,.1f} minutes at 40% of the rate of a '
-        'matmul here']
+        f"{flops:.1e} FLOP: {flops / matmul_rate / .4 / 60:,.1f} minutes at 40% of a matmul's rate"]

@@ -77,8 +77,9 @@ def model_type(config):
 
 
 def architecture_class(config):
-    """Return the name of the model's class in transformers, or OURS if it has none."""
-    return CLASSES.get(model_type(config), OURS)
+    """Return the model's class in transformers, or our model_type if it has none."""
+    kind = model_type(config)
+    return CLASSES.get(kind, kind)
 
 
 def config_json(config):
@@ -238,8 +239,8 @@ def from_pretrained(folder, dtype=torch.float32, **overrides):
                 if name in repeated:
                     if torch.equal(tensor, read_tensor(files, repeated[name])):
                         continue
-                    raise ValueError(f'{file}: {name} differs from {repeated[name]}, which MTP '
-                                     'layers share with the model here')
+                    raise ValueError(f'{file}: {name} differs from {repeated[name]}, but our MTP '
+                                     "layers share the model's")
                 if name not in places:
                     raise ValueError(f'{file}: {name} has no place in a '
                                      f'{architecture_class(config)}: this is another model')
@@ -255,7 +256,7 @@ def from_pretrained(folder, dtype=torch.float32, **overrides):
 
 
 def is_unwanted(name, config, overrides):
-    """Whether a tensor is of a layer that overrides leave out, or an old file's RoPE."""
+    """Whether overrides drop this tensor's layer, or it is an old file's RoPE table."""
     fewer = overrides.keys() & {'num_hidden_layers', 'num_nextn_predict_layers'}
     layer = re.match(r'model\.layers\.(\d+)\.', name)
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -274,7 +275,7 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5e9, state=None):
     for name, view in disk_views(state or model.state_dict()).items():   # slices are refused
         tensors[name] = view.to('cpu', dtype_of(name, dtype), copy='.experts.' in name)
     for name, original in copies(config).items():
-        if name != HEAD or config.attention == 'mla':       # engines of MLA tie nothing
+        if name != HEAD or config.attention == 'mla':       # MLA engines do not tie
             tensors[name] = tensors[original].clone()
     save_torch_state_dict(tensors, folder, max_shard_size=int(shard_bytes))
     name = str(dtype).removeprefix('torch.')
@@ -339,7 +340,7 @@ def model_card(s, model, data, step, losses, world):
     results = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
     return f"""\
 ---
-library_name: {'nanoseek' if kind == OURS else 'transformers'}
+library_name: {'nanoseek' if kind.startswith(OURS) else 'transformers'}
 tags: [nanoseek]
 ---
 # {Path(s.out_dir).name}, step {step:,}

@@ -39,8 +39,7 @@ class Log:
         self.wandb = None
         self.tensorboard = None
         self.rewind(run.step)
-        self.seconds_before = max((entry.get('elapsed_s', 0) for entry in self.entries()),
-                                  default=0)
+        self.before = max((entry.get('elapsed_s', 0) for entry in self.entries()), default=0)
         (self.dir / 'settings.json').write_text(json.dumps(description, indent=1) + '\n',
                                                 encoding='utf-8')
         if s.wandb:
@@ -58,11 +57,10 @@ class Log:
             print(line, flush=True)
 
     def add(self, **values):
-        """Append a line to metrics.jsonl; `step` is one of the values. Infinity and nan become
-        null."""
+        """Append a line to metrics.jsonl. Infinity and nan become null."""
         if self.quiet:
             return
-        values['elapsed_s'] = round(self.seconds_before + elapsed(), 2)
+        values['elapsed_s'] = round(self.before + elapsed(), 2)
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 values[name] = None

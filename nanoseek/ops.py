@@ -277,8 +277,7 @@ def linear_cross_entropy(h, weight, targets):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The sum instead of the mean. Gradients are scaled in place, so autograd refuses a second
-    backward pass."""
+    """The sum. Gradients are scaled in place, so autograd refuses a second backward pass."""
     @staticmethod
     def forward(ctx, h, weight, targets, with_gradients):
         dtype = compute_dtype(h)

@@ -39,7 +39,7 @@ def user_errors(out_of_memory='use a smaller model or --batch_size', quiet=False
         sys.exit(130)
     except (ValueError, OSError, ModuleNotFoundError) as e:
         if quiet:
-            time.sleep(1)           # torchrun stops all ranks with the first, which is to speak
+            time.sleep(1)           # once one rank exits, torchrun kills all; let rank 0 print
             sys.exit(2)
         give_up(e)
     except (MemoryError, RuntimeError) as e:
@@ -61,7 +61,7 @@ def require(settings, name, holds, limit):
 
 
 def check_model(c):
-    """Raise ValueError if no model can have the Config c."""
+    """Raise ValueError if no model can be built from c."""
     for field in dataclasses.fields(c):
         if field.type is int:
             least = min(field.default, 1)
@@ -82,21 +82,20 @@ def check_model(c):
         require(c, 'topk_group', c.topk_group <= c.n_group, f'at most n_group={c.n_group}')
         reach = size * c.topk_group
         require(c, 'num_experts_per_tok', c.num_experts_per_tok <= reach,
-                f'at most {reach}, the routed experts within reach')
+                f'at most {reach}, those in topk_group groups')
 
 
 def refuse_pointer(file):
     """Raise ValueError for the three lines that a clone without git-lfs has instead of a file."""
     with open(file, 'rb') as f:
         if f.read(40).startswith(b'version https://git-lfs'):
-            raise ValueError(f'{file} is a Git LFS pointer, the file itself is not here: git lfs '
-                             'pull')
+            raise ValueError(f'{file} is a Git LFS pointer, not the file itself: run git lfs pull')
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """Keep other processes from writing to a folder, which is made if need be. ValueError if one
-    is. The system releases the lock when the process ends."""
+    """Lock a folder, created if needed, against other writers. ValueError if there is one.
+    The system releases the lock when the process ends."""
     from filelock import FileLock, Timeout
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
@@ -158,7 +157,7 @@ def option(arg, rest, hints):
 
 def read_file(path, hints):
     """Execute a config file. Return what it assigns, {name: value}. Functions, modules and
-    imported names are no settings, unless they have the name of one."""
+    imported names are ignored, unless named like a setting."""
     if not Path(path).is_file():
         raise ValueError(f"no config file '{path}'")
     try:

@@ -104,4 +104,4 @@ def test_a_run_is_trained_and_shown(tmp_path):
         assert saved[name] == getattr(s, name), name
     assert saved['kv_lora_rank'] == c.kv_lora_rank
     done = run(tmp_path, 'train.py', '--depth=1', '--dataset=abc', '--max_steps=0')
-    assert 'at 40% of the rate of a matmul here' in done.stdout
+    assert "at 40% of a matmul's rate" in done.stdout
