@@ -21,7 +21,7 @@ import torch
 
 import sample
 from nanoseek import hf, settings
-from nanoseek.cost import architecture, cache_line
+from nanoseek.cost import architecture
 from nanoseek.generate import Drafts, Sampling, stream
 from nanoseek.tokenizer import decode
 
@@ -109,8 +109,7 @@ def write(loaded, prompt, length, temperature, top_k, seed):
         if len(ids) % 8 == 0:
             yield decode(tokenizer, ids), 'writing', [], None
     count = len(ids) - idx.shape[1]
-    line = (f'{count} tokens, {count / (time.perf_counter() - start):.0f} a second; '
-            f'{cache_line(model.config, model.head.dtype)}')
+    line = f'{count} tokens, {count / (time.perf_counter() - start):.0f} a second'
     context = ids[-model.config.max_position_embeddings:]
     pieces = [piece_of(tokenizer, i) for i in context]
     probabilities, likeliest, experts = look_at(model, tokenizer, context)

@@ -1,15 +1,12 @@
 # Linear attention, one matrix per head at any length, with 4 experts. 10,095,744 parameters.
 # Made for GPT-2-like tokenizers (at most 32,256 tokens). Needs 200 MB. Expect a slow start.
 out_dir = 'out/linear10'
-dataset = 'shakespeare'
 attention = 'linear'
 vocab_size = 32256
 hidden_size = 128
 num_hidden_layers = 4
 num_attention_heads = 4
 n_routed_experts = 4
-n_shared_experts = 0
-num_experts_per_tok = 2
 moe_intermediate_size = 256
 max_position_embeddings = 512
 tie_word_embeddings = False

@@ -3,7 +3,6 @@
 # Needs 8 GB, or 25 GB for 4 x 2048 tokens; `--max_steps=0` prints what fits. On a CPU try
 # --block_size=64. Expect a cache of 160 values per token and layer; SmolLM2-135M keeps 384.
 out_dir = 'out/smol135'
-dataset = 'shakespeare'
 attention = 'mla'
 vocab_size = 49152
 hidden_size = 576

@@ -2,7 +2,6 @@
 # Made for cosmopedia with SmolLM2's tokenizer; works with any vocabulary of at most 49,152 tokens.
 # Needs 11 GB for 4 x 2048 tokens at a time; `--max_steps=0` prints what fits on your machine.
 out_dir = 'out/smol135-dense'
-dataset = 'shakespeare'
 attention = 'gqa'
 vocab_size = 49152
 hidden_size = 576

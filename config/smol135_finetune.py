@@ -6,7 +6,6 @@ out_dir = 'out/smol135-finetune'
 dataset = 'shakespeare-smollm2'
 
 batch_size = 4
-block_size = 256
 learning_rate = 1e-4                    # 1/30 of the rate it was trained with
 warmup_steps = 10
 max_steps = 100

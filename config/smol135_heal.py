@@ -6,7 +6,6 @@ out_dir = 'out/smol135-heal'
 dataset = 'tinyshakespeare-smollm2'
 
 batch_size = 2
-block_size = 256
 learning_rate = 1e-4                    # with 2e-4 and 80 steps the loss was 1.4% higher
 warmup_steps = 20
 schedule = 'wsd'

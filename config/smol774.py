@@ -2,7 +2,6 @@
 # Made for cosmopedia with SmolLM2's tokenizer; works with any vocabulary of at most 49,152 tokens.
 # Needs 32 GB for 4 x 2048 tokens; `--max_steps=0` prints what fits. On a CPU try --block_size=32.
 out_dir = 'out/smol774'
-dataset = 'shakespeare'
 attention = 'mla'
 vocab_size = 49152
 hidden_size = 576

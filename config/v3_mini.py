@@ -2,7 +2,6 @@
 # Made for fineweb-edu with DeepSeek-V3's tokenizer; works with any smaller vocabulary.
 # Needs 91 GB for weights, gradients and AdamW alone. It has been counted, not trained.
 out_dir = 'out/v3-mini'
-dataset = 'shakespeare'
 attention = 'mla'
 vocab_size = 129280
 hidden_size = 2048

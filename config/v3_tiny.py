@@ -2,7 +2,6 @@
 # Made for a tokenizer trained on the corpus (--tokenizer=bpe:32000), or any smaller vocabulary.
 # Needs 8 GB for 8 x 1024 tokens; `--max_steps=0` prints what fits. On a CPU try --block_size=64.
 out_dir = 'out/v3-tiny'
-dataset = 'shakespeare'
 attention = 'mla'
 vocab_size = 32000
 hidden_size = 768

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 PANELS = {                      # title: {metric: line style}
     'loss, nats per token': {'loss': '-', 'val_loss': 'o-'},
     'validation, bits per byte': {'val_bpb': 'o-'},
-    'gradient norm': {'grad_norm': '-'},
     'learning rate': {'lr': '-'},
 }
 
@@ -50,7 +49,7 @@ def main(folders, x='step', out='plot.png'):
     runs = {folder: read(folder, x) for folder in folders}
     loads = {name: points(entries, 'moe/load') for name, entries in runs.items()}
     loads = {name: load for name, load in loads.items() if load and load[0][1]}
-    figure = Figure(figsize=(14, 4 + 3.2 * len(loads)), layout='constrained')
+    figure = Figure(figsize=(12, 4 + 3.2 * len(loads)), layout='constrained')
     grid = figure.add_gridspec(1 + len(loads), len(PANELS))
     axes = [figure.add_subplot(grid[0, i]) for i in range(len(PANELS))]
     for axis, (title, metrics) in zip(axes, PANELS.items()):
@@ -61,7 +60,6 @@ def main(folders, x='step', out='plot.png'):
                 curve = np.array(points(entries, metric)).reshape(-1, 2)
                 axis.plot(*curve.T, style, color=f'C{i % 10}', lw=1, label=name)
     axes[1].legend()
-    axes[2].set_yscale('log')
     for i, (name, load) in enumerate(loads.items(), 1):
         plot_load(figure, figure.add_subplot(grid[i, :]), name, load)
     figure.savefig(out)

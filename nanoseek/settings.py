@@ -233,7 +233,7 @@ def describe(cls):
     source = ''.join(inspect.getsource(base) for base in cls.__mro__[:-1])
     notes = dict(re.findall(r'^    (\w+):[^#\n]*#\s*(.*)$', source, re.M))
     hints = typing.get_type_hints(cls)
-    lines = [inspect.getdoc(cls).split('\n')[0]]
+    lines = [cls.__doc__]
     for field in dataclasses.fields(cls):
         setting = f'--{field.name}={field.default!r}'
         kind = in_words(hints[field.name])
