@@ -1,5 +1,5 @@
 # Past nanoGPT's GPU result on two CPU cores: shakespeare.py with 8 experts and dropout. 3.1M
-# parameters, 1.3M active. Made for `python prepare.py tinyshakespeare`.
+# parameters, 1.3M active. Made for `python prepare.py tinyshakespeare`. Expect 1.454 nats.
 from config.shakespeare import *
 
 out_dir = 'out/tinyshakespeare_best'
