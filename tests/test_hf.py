@@ -245,7 +245,7 @@ def test_a_head_that_differs_from_the_embedding_is_untied_as_in_transformers(tmp
     ('mlp.experts.9.up_proj.weight', (3, 3), 'has no place')])
 def test_a_tensor_of_an_mtp_layer_is_a_copy_or_refused(tmp_path, name, shape, problem):
     make_ours(**OURS['DeepseekV3'], num_nextn_predict_layers=1).save_pretrained(tmp_path)
-    load_ours(tmp_path)
+    assert hf.config_json(load_ours(tmp_path).config)['moe_layer_freq'] == 1
     add_tensor(tmp_path, f'model.layers.2.{name}', torch.randn(shape))
     with pytest.raises(ValueError, match=f'{name} {problem}'):
         load_ours(tmp_path)
