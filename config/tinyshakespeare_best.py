@@ -8,5 +8,3 @@ n_routed_experts = 8                    # 16 learn more per step, but a step tak
 dropout = 0.03
 max_steps = 1700
 eval_interval = 850
-sample_interval = 850
-checkpoint_interval = 850

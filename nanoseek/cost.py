@@ -16,6 +16,7 @@ PARTS = {       # a part of a parameter's name -> its kind; the first match coun
     'mlp.': 'mlp', 'eh_proj': 'mtp', '': 'embedding'}
 CPU_HEAP = 1.5              # bytes of glibc's heap for a byte that autograd keeps, measured
 CPU_KERNELS = 48 * 2**20    # bytes of the bfloat16 kernels that oneDNN compiles, measured
+EXPERT_KERNELS = 13 * 2**20  # and for each expert, as its number of rows varies
 KINDS = ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
 
 
@@ -86,6 +87,8 @@ def memory_estimate(model, s, dtype, device_type):
         return states, max(activations, update)
     if dtype != torch.float32:
         activations += CPU_KERNELS
+        if tokens * c.num_experts_per_tok > 64 * c.n_routed_experts:    # see ops.rows_multiple
+            activations += EXPERT_KERNELS * c.n_routed_experts
     return states, activations + update
 
 
