@@ -143,15 +143,17 @@ def starting_folder(s, start):
 
 def model_config(given, folder, data):
     """The Config that is asked for: the model's in `folder`, if any, with the given settings"""
-    if data is None:
-        return hf.read_config(folder, **given) if folder else Config(**{'vocab_size': 256, **given})
     if folder:
         c = hf.read_config(folder, **given)
+    elif data is None:
+        c = Config(**{'vocab_size': 256, **given})
     else:
         c = Config(**{'vocab_size': data.vocab_size, 'bos_token_id': data.eot_id, **given})
-    if data.eot_id is not None:                     # the model stops where its documents end
+    if data is not None and data.eot_id is not None:    # the model stops where its documents end
         others = [i for i in c.stop_ids if i != data.eot_id]
-        c.eos_token_id = [data.eot_id, *others] if others else data.eot_id
+        c.eos_token_id = data.eot_id
+        if others:
+            c.eos_token_id = [data.eot_id, *others]
     return c
 
 

@@ -82,8 +82,7 @@ class Log:
         return entries
 
     def rewind(self, step, keep_events=False):
-        """Drop the entries behind a step, which will be repeated, from metrics.jsonl and for
-        TensorBoard. Events (skipped steps) may stay."""
+        """Drop what was logged after a step: it will be repeated. Events may stay."""
         if self.quiet:
             return
         self.metrics.touch()
