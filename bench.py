@@ -2,8 +2,6 @@
 
     python bench.py config/shakespeare.py                       # a model, on random tokens
     python bench.py config/shakespeare.py --vs=transformers     # beside the same weights there
-    python bench.py config/shakespeare.py --vs=../nanoGPT       # beside a GPT of its size there
-    python bench.py config/shakespeare.py --profile             # where a training step's time goes
 
 It has all settings of train.py and of the model. Contenders take turns, after two rounds of
 warm-up, and the tables have medians. Run nothing else meanwhile.
@@ -12,13 +10,12 @@ import os
 os.environ.setdefault('GOMP_SPINCOUNT', '3000')     # idle threads must not slow the busy ones
 
 import itertools
-import runpy
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +31,11 @@ from nanoseek.optim import make_optimizer
 @dataclass
 class Settings(train.Settings):
     """Settings of train.py, and of bench.py (the last ones)"""
-    vs: str = ''                    # also measure there: transformers, or the path of nanoGPT
+    vs: Literal['', 'transformers'] = ''  # also measure the same weights there
     rounds: int = 5                 # of each measurement
     new_tokens: int = 32            # tokens to decode
     contexts: str = '64,512,2048'   # lengths of their prompts, cut to what the model can have
     batch_sizes: str = '1,8'        # numbers of sequences to decode together
-    profile: bool = False           # instead: list the operations of a training step by time
-
-    def __post_init__(self):
-        super().__post_init__()
-        known = self.vs in ('', 'transformers') or Path(self.vs, 'model.py').is_file()
-        settings.require(self, 'vs', known, "transformers or a folder with nanoGPT's model.py")
 
 
 @dataclass
@@ -83,7 +74,7 @@ def flops(c, s):
 
 
 def our_trainers(model, s, dist):
-    """Yield the model with AdamW, with the config's optimizer, and dense at equal FLOPs."""
+    """Yield the model with AdamW, and with the config's optimizer."""
     def contender(name, model, optimizer):
         model.gradient_checkpointing = s.gradient_checkpointing
         forward, problem = compile_model(model, model, s, dist.device, dist.dtype)
@@ -94,15 +85,6 @@ def our_trainers(model, s, dist):
     yield contender('nanoseek', model, adamw(model, dist))
     if s.optimizer != 'adamw':
         yield contender(f'nanoseek, {s.optimizer}', model, make_optimizer(s, model, dist.dtype))
-    c = model.config
-    if c.attention != 'gqa' or model.moe_layers:        # as wide as the FLOPs for a token allow
-        narrow = replace(c, attention='gqa', head_dim=c.head_dim // 2 * 2, n_routed_experts=0,
-                         first_k_dense_replace=0, intermediate_size=8)
-        slope = flops(replace(narrow, intermediate_size=16), s) - flops(narrow, s)
-        steps = round((flops(c, s) - flops(narrow, s)) / slope)
-        wide = replace(narrow, intermediate_size=8 + 8 * max(steps, 0))
-        dense = Transformer(wide).to(dist.device).train()
-        yield contender('GQA, dense, equal FLOPs', dense, adamw(dense, dist))
 
 
 def our_decoders(folder, s, dist):
@@ -147,19 +129,6 @@ def loss_there(model, x, y):
     return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def nanogpt(path, c, s, dist):
-    """Return nanoGPT's GPT with the depth, width, heads and vocabulary of c, and its optimizer."""
-    module = runpy.run_path(str(Path(path, 'model.py')))
-    shape = module['GPTConfig'](s.block_size, c.vocab_size, c.num_hidden_layers,
-                                c.num_attention_heads, c.hidden_size, bias=False)
-    model = module['GPT'](shape).to(dist.device).train()
-    optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), dist.device.type)
-    forward = torch.compile(model, disable=not wants_compile(s, dist.device))
-    attention = 12 * c.num_hidden_layers * c.hidden_size * s.block_size
-    return Contender('nanoGPT', model, 6 * model.get_num_params() + attention,
-                     trainer(model, forward, optimizer, s, dist))
-
-
 def measure(s, given, folder):
     """Return all measurements of a model. given: its settings; folder: for its weights."""
     dist = train.OneDevice(s)
@@ -172,12 +141,6 @@ def measure(s, given, folder):
         to_fp8(model, s.fp8, dist.device)
     trainers = our_trainers(model.to(dist.device).train(), s, dist)
     ours = next(trainers)
-    if s.profile:
-        ours.step()
-        with torch.profiler.profile() as profiler:
-            ours.step()
-        order = f'self_{dist.device.type}_time_total'
-        return {'profile': profiler.key_averages().table(order, row_limit=20)}
     name = f'CPU with {torch.backends.cpu.get_cpu_capability()}'
     if dist.device.type == 'cuda':
         name = torch.cuda.get_device_name(dist.device)
@@ -192,10 +155,8 @@ def measure(s, given, folder):
             ours.step()
         result['measured_mb'] = round(peak_memory(dist.device))
     contenders = [ours, *trainers, *our_decoders(folder, s, dist)]
-    if s.vs == 'transformers':
+    if s.vs:
         contenders += transformers(folder, c, s, dist)
-    elif s.vs:
-        contenders.append(nanogpt(s.vs, c, s, dist))
     result['training'] = training_rows(contenders, s, result['matmul_tflops'])
     result['decoding'] = decoding_rows(contenders, s, c, dist)
     return result

@@ -2,8 +2,9 @@
 
     python demo.py                                          # the newest checkpoint under out/
     python demo.py --checkpoint=HuggingFaceTB/SmolLM2-135M  # or whatever else sample.py loads
+    GRADIO_SERVER_NAME=0.0.0.0 python demo.py               # seen by the network, not just here
 
-Dims: T tokens, E experts of a layer, K experts per token, V vocabulary, P different pieces of text
+Dims: T tokens, V vocabulary
 """
 import os
 import time
@@ -16,13 +17,11 @@ from typing import Literal
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')
 os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
 
-import numpy as np
 import torch
 
 import sample
 from nanoseek import hf, settings
 from nanoseek.cost import architecture
-from nanoseek.generate import Drafts, Sampling, stream
 from nanoseek.tokenizer import decode
 
 BOUNDS = (0.01, 0.05, 0.2, 0.5)         # of the probabilities that LIKELY names
@@ -37,8 +36,6 @@ class Settings:
     """Settings of demo.py"""
     checkpoint: str = ''            # a model's folder or Hub id; if empty the newest one under out/
     prompt: str = 'Before we proceed'  # the prompt that the page begins with
-    host: str = '127.0.0.1'         # who sees the page: this machine; 0.0.0.0: the network
-    port: int | None = None         # of the page; none: the first free one from 7860 on
     device: str = 'auto'            # auto, cpu, cuda, mps
     dtype: Literal['float32', 'bfloat16', 'float16'] = 'float32'  # of the weights and the cache
 
@@ -46,7 +43,7 @@ class Settings:
 @torch.no_grad()
 def look_at(model, tokenizer, ids):
     """Return the probabilities of all tokens but the first; the likeliest tokens in each place,
-    [(piece, probability), ...]; and each layer's experts (T, K), largest weight first."""
+    [(piece, probability), ...]; and in each layer the expert with the largest weight (T,)."""
     idx = torch.tensor([ids], device=model.head.device)                         # (1, T)
     routing = []
     with ExitStack() as hooks:
@@ -62,7 +59,7 @@ def look_at(model, tokenizer, ids):
         best = p.topk(5)
         for likely, shares in zip(best.indices.tolist(), best.values.tolist()):
             likeliest.append([(piece_of(tokenizer, i), p) for i, p in zip(likely, shares)])
-    experts = [chosen.gather(1, weights.argsort(-1, descending=True)).cpu().numpy()
+    experts = [chosen.gather(1, weights.argmax(-1, keepdim=True))[:, 0].tolist()
                for weights, chosen, _ in routing]
     return probabilities, likeliest, experts
 
@@ -73,48 +70,25 @@ def piece_of(tokenizer, token):
     return f'({token})' if '\ufffd' in piece or not piece else piece
 
 
-def table_of_experts(pieces, experts, E):
-    """Return a row per expert of a layer, experts (T, K): its number, its load over an equal share,
-    and up to six of the T pieces that go to it more often than to others."""
-    names, places = np.unique(pieces, return_inverse=True)                      # (P,), (T,)
-    times = np.zeros((len(names), E))
-    np.add.at(times, (places[:, None], experts), 1)
-    excess = times - times.mean(1, keepdims=True)                               # (P, E)
-    rows = []
-    for e in range(E):
-        best = (-excess[:, e]).argsort(kind='stable')[:6]
-        favorites = [names[i].replace(' ', '␣') for i in best if excess[i, e] > 0]
-        rows.append([e, f'{times[:, e].sum() / times.sum() * E:.2f}', '  '.join(favorites)])
-    return rows
-
-
-def write(loaded, prompt, length, temperature, top_k, seed):
-    """Yield the text so far, a line about it, its tokens by probability, and (pieces, likeliest,
+def write(loaded, prompt, length, temperature, top_k):
+    """Return the text, a line about it, its tokens by probability, and (pieces, likeliest,
     experts). loaded: a model's folder, the model, its tokenizer."""
     folder, model, tokenizer = loaded
     try:
         ids = sample.encode_prompt(tokenizer, prompt, model.config)
     except ValueError as e:
-        yield prompt, f'**{e}**', [], None
-        return
+        return prompt, f'**{e}**', [], None
     stops = hf.stop_ids(folder, model.config)
     idx = torch.tensor([ids], device=model.head.device)                         # (1, T)
-    drafts = Drafts()
-    torch.manual_seed(seed)
     start = time.perf_counter()
-    for token in stream(model, idx, length, Sampling(temperature, top_k or None), drafts):
-        if token.item() in stops:
-            break
-        ids.append(token.item())
-        if len(ids) % 8 == 0:
-            yield decode(tokenizer, ids), 'writing', [], None
+    ids = model.generate(idx, length, temperature, top_k or None, stop=stops)[0].tolist()
     count = len(ids) - idx.shape[1]
     line = f'{count} tokens, {count / (time.perf_counter() - start):.0f} a second'
     context = ids[-model.config.max_position_embeddings:]
     pieces = [piece_of(tokenizer, i) for i in context]
     probabilities, likeliest, experts = look_at(model, tokenizer, context)
     likely = [None] + [list(LIKELY)[bisect(BOUNDS, p)] for p in probabilities]
-    yield decode(tokenizer, ids), line, list(zip(pieces, likely)), (pieces, likeliest, experts)
+    return decode(tokenizer, ids), line, list(zip(pieces, likely)), (pieces, likeliest, experts)
 
 
 def build(gr, loaded, prompt):
@@ -126,8 +100,7 @@ def build(gr, loaded, prompt):
         with gr.Row():
             choices = [gr.Slider(1, 1000, 200, step=1, label='Length'),
                        gr.Slider(0, 2, 0.8, step=0.05, label='Temperature'),
-                       gr.Slider(0, 200, 50, step=1, label='Top k, 0: all'),
-                       gr.Number(1337, label='Seed', precision=0)]
+                       gr.Slider(0, 200, 50, step=1, label='Top k, 0: all')]
             button = gr.Button('Write', variant='primary')
         text = gr.Textbox(label='Text', info=architecture(model.config))
         line = gr.Markdown()
@@ -151,17 +124,15 @@ def build(gr, loaded, prompt):
         layer = gr.Radio(layers, value=layers[-1], label='Experts of layer')
         hues = {f'expert {e}': f'hsl({137 * e} 65% 55%)' for e in range(E)}
         first = gr.HighlightedText(label='Expert with the largest weight', color_map=hues, **LEGEND)
-        rows = gr.Dataframe(headers=['expert', 'load over the ideal', 'favorite tokens'], wrap=True)
 
         def show_experts(insight, layer):
             if insight is None:
-                return [], []
+                return []
             pieces, _, experts = insight
-            experts = experts[layers.index(layer)]                                  # (T, K)
-            names = [f'expert {e}' for e in experts[:, 0]]
-            return list(zip(pieces, names)), table_of_experts(pieces, experts, E)
+            names = [f'expert {e}' for e in experts[layers.index(layer)]]
+            return list(zip(pieces, names))
 
-        gr.on([insight.change, layer.change], show_experts, [insight, layer], [first, rows])
+        gr.on([insight.change, layer.change], show_experts, [insight, layer], first)
     return page
 
 
@@ -170,8 +141,7 @@ def main(s):
     folder = sample.find_checkpoint(s.checkpoint)
     loaded = folder, *sample.load(folder, s)
     theme = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])
-    build(gr, loaded, s.prompt).launch(server_name=s.host, server_port=s.port, theme=theme,
-                                       css=CSS, footer_links=[])
+    build(gr, loaded, s.prompt).launch(theme=theme, css=CSS, footer_links=[])
 
 
 if __name__ == '__main__':

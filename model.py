@@ -562,20 +562,23 @@ class Transformer(nn.Module):
         documents = ends.cumsum(1) - ends.int()                     # (B, T), numbers them
         return ops.document_mask(documents, ops.compute_dtype(self.head))
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, counts=None):
         """idx (B, T) -> logits (B, T, V) float32, None.
 
         With targets (B, T), of which -100 is ignored -> None, the mean next-token loss in nats. In
-        training the MTP and balance losses are added; self.losses has the parts."""
+        training the MTP and balance losses are added; self.losses has the parts. counts (1 + MTP
+        layers,): what each depth's sum is divided by, see target_counts; None: what idx has"""
         h, stats = self.hidden(idx)
         if targets is None:
             return F.linear(h, self.head).float(), None
-        loss = ops.linear_cross_entropy(h.flatten(0, 1), self.head, targets.flatten())
+        if counts is None:
+            counts = self.target_counts(targets)
+        loss = ops.linear_cross_entropy(h.flatten(0, 1), self.head, targets.flatten(), counts[0])
         if not self.training:
             return None, loss
         self.losses = {'loss': loss.detach()}
         if self.config.num_nextn_predict_layers:
-            mtp = self.mtp_loss(h, idx, targets, stats)
+            mtp = self.mtp_loss(h, idx, targets, stats, counts)
             self.losses['mtp_loss'] = mtp.detach()
             loss = loss + self.config.mtp_loss_weight * mtp
         if self.moe_layers:
@@ -585,6 +588,11 @@ class Transformer(nn.Module):
             loss = loss + balance
             self.expert_load += torch.stack(loads)      # here, outside of layers that run twice
         return None, loss
+
+    def target_counts(self, targets):
+        """targets (B, T) -> how many count at depth 0 (the next token) and each MTP layer's"""
+        depths = range(1 + self.config.num_nextn_predict_layers)
+        return torch.stack([(targets[:, k:] >= 0).sum() for k in depths])
 
     def mtp(self, k, h, tokens, cache=None, mask=None):
         """Depth k = 1, 2, ...: h (B, T, D) of the depth before, tokens (B, T) k ahead of each state
@@ -596,18 +604,17 @@ class Transformer(nn.Module):
         layer = self.model.layers[self.config.num_hidden_layers + k - 1]
         return self.run(layer, h, self.model.embed_tokens(tokens), rope, cache, mask)
 
-    def mtp_loss(self, h, idx, targets, stats):
+    def mtp_loss(self, h, idx, targets, stats, counts):
         """Return the mean loss of all depths, and append their stats. Depth k takes state h_i and
-        token t_{i+k}, and predicts t_{i+k+1}; targets_i is t_{i+1}."""
+        token t_{i+k}, and predicts t_{i+k+1}; idx_i is t_i, targets_i t_{i+1}."""
         losses = []
         for k in range(1, self.config.num_nextn_predict_layers + 1):
             T = targets.shape[1] - k
             assert T > 0, 'a sequence must be longer than num_nextn_predict_layers'
-            ahead = targets[:, k - 1:-1].clamp(min=0)
-            h, layer_stats = self.mtp(k, h[:, :T], ahead, mask=self.document_mask(idx[:, :T]))
+            h, layer_stats = self.mtp(k, h[:, :T], idx[:, k:], mask=self.document_mask(idx[:, :T]))
             stats.append(layer_stats)
             losses.append(ops.linear_cross_entropy(
-                h.flatten(0, 1), self.head, targets[:, k:].flatten()))                 # eq. 24
+                h.flatten(0, 1), self.head, targets[:, k:].flatten(), counts[k]))      # eq. 24
         return sum(losses) / len(losses)                                               # eq. 25
 
     def update_router_bias(self, load):

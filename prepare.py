@@ -5,12 +5,16 @@
     python prepare.py corpus/                           # documents: .txt .md .jsonl[.gz|.zst]
                                                         # .json .csv .tsv .parquet
     python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub
+    python prepare.py chats.jsonl                       # rows with "messages": conversations
     python prepare.py --inspect=data/mybook             # shows what is in there
 
 writes data/NAME/{train,val,test}.bin (token ids, little-endian), tokenizer.json (Hugging Face's
 format, whichever tokenizer made the ids) and meta.json (what the rest means). The same command
-goes on where it was interrupted. nanoseek/tokens.py reads what this writes.
+goes on where it was interrupted. nanoseek/tokens.py reads what this writes. Conversations are
+rendered by the tokenizer's chat template (ChatML if it has none) and laid side by side in rows;
+*.mask.bin says which tokens are the assistant's.
 """
+import bisect
 import hashlib
 import json
 import math
@@ -27,17 +31,17 @@ from tqdm import tqdm
 
 from nanoseek import settings
 from nanoseek.sources import HUB, open_source, source_name
-from nanoseek.tokenizer import (CODE_TOKENS, EOT, EOT_NAMES, Encoder, batches, char_tokenizer,
-                                decode, encode, gpt2_tokenizer, load_tokenizer, train_bpe)
+from nanoseek.tokenizer import (CODE_TOKENS, COMPANIONS, EOT, EOT_NAMES, Encoder, batches,
+                                char_tokenizer, decode, encode, gpt2_tokenizer, load_tokenizer,
+                                train_bpe)
 from nanoseek.tokens import DTYPES, SPLITS, VERSION, TokenData
 
 BPE_TEXT = 1 << 28          # characters that bpe:N is trained on
 SHARES = (0.005, 0.005)     # of val and test, if the settings do not say otherwise
 SAVE_SECONDS = 5.0          # between saves of progress.json
-# meta.json records the settings behind the files, and three retired ones
-RECIPE = ('source tokenizer text_field subset split format tokens val_frac test_frac end_of_text '
-          'special_in_text deduplicate pack bad_documents shard_tokens').split()
-FORMER = {'format': 'txt', 'pack': 0, 'shard_tokens': 100_000_000}
+# meta.json records the settings behind the files
+RECIPE = ('source tokenizer text_field subset split tokens val_frac test_frac special_in_text '
+          'deduplicate bad_documents').split()
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Settings:
     tokens: int | None = None   # stop after the document that reaches it; none: all
     val_frac: float | None = None       # share of documents for validation; none: 0.005
     test_frac: float | None = None      # share for testing; none: the same
-    end_of_text: bool = True            # end every document with the end-of-text token
+    pack: int = 2048            # of conversations: tokens of a row, which is train.py's block_size
     special_in_text: bool = False       # a special token spelled in a text is that token
     deduplicate: bool = False           # leave out copies of earlier documents, byte for byte
     bad_documents: Literal['stop', 'skip'] = 'stop'     # skip: leave them out, and count them
@@ -115,7 +119,8 @@ def prepare(s):
 
 
 def make_recipe(s, source):
-    recipe = {name: FORMER.get(name, getattr(s, name, None)) for name in RECIPE}
+    recipe = {name: getattr(s, name) for name in RECIPE}
+    recipe['pack'] = s.pack if source.is_chat else 0
     if not s.tokenizer:
         recipe['tokenizer'] = 'char' if source.is_one_text else 'bpe:8192'
         if s.source in HUB:
@@ -149,22 +154,24 @@ def begin(s, source, recipe, work):
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     name = recipe['tokenizer']
-    saved = make_tokenizer(name, source, s).to_str(pretty=True).encode()
+    tokenizer = make_tokenizer(name, source, s)
+    if source.is_chat:
+        from nanoseek.chat import write_companions
+        write_companions(work, name, tokenizer)
+    saved = tokenizer.to_str(pretty=True).encode()
     (work / 'tokenizer.json').write_bytes(saved)
     tokenizer = load_tokenizer(work)                # as everybody else will read it
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     print(f'tokenizer {name}: a vocabulary of {vocab_size:,}')
     dtype = 'uint16' if vocab_size <= 1 << 16 else 'uint32'
     eot = next((i for i in map(tokenizer.token_to_id, EOT_NAMES) if i is not None), None)
-    end_of_text = s.end_of_text and not source.is_one_text
-    settings.require(s, 'end_of_text', eot is not None or not end_of_text,
-                     f'false, as tokenizer {name} has no end-of-text token')
+    settings.require(s, 'tokenizer', eot is not None or source.is_one_text,
+                     'one with an end-of-text token, which ends every document')
     meta = {'version': VERSION, 'dtype': dtype, 'vocab_size': vocab_size, 'eot_id': eot,
             'tokenizer': {'name': name, 'sha256': hashlib.sha256(saved).hexdigest()},
             'splits': {split: {'tokens': 0, 'bytes': 0, 'documents': 0} for split in SPLITS},
-            'end_of_text': end_of_text, 'pack': FORMER['pack'],
-            'left_out': {'bad': 0, 'duplicates': 0}, 'shard_tokens': FORMER['shard_tokens'],
-            'source': source.origin, 'recipe': recipe,
+            'pack': recipe['pack'],
+            'left_out': {'bad': 0, 'duplicates': 0}, 'source': source.origin, 'recipe': recipe,
             'crc32': {split: [0] for split in SPLITS}}
     return {'meta': meta, 'files': source.files, 'position': None, 'sizes': {}}
 
@@ -177,8 +184,10 @@ def make_tokenizer(name, source, s):
         characters = set()
         for text in texts_to_learn(source, s, math.inf, SPLITS):
             characters.update(text)
+        if source.is_chat:
+            characters.update('system user assistant\n')        # ChatML's own
         tokenizer = char_tokenizer(characters)
-        if s.end_of_text and not source.is_one_text:
+        if not source.is_one_text:
             tokenizer.add_special_tokens([EOT])
         return tokenizer
     if name.startswith('bpe:'):
@@ -214,13 +223,22 @@ def fill(s, source, output):
     encoder = Encoder(tokenizer, meta['tokenizer']['name'], s.special_in_text)
     begin = [i for i in encode(tokenizer, '') if i != meta['eot_id']]       # such as Llama's <s>
     begin = np.array(begin, np.uint32)
-    end = np.array([meta['eot_id']] * meta['end_of_text'], np.uint32)
+    end = np.array([] if source.is_one_text else [meta['eot_id']], np.uint32)
+    if source.is_chat:
+        from nanoseek.chat import Chat
+        chat = Chat(output.folder, tokenizer)
+        begin = np.zeros((2, 0), np.uint32)         # ids, and whether they count
+        end = np.stack((end, 0 * end))
     seen = set(np.fromfile(output.folder / 'seen.bin', '<u8').tolist())
     saved = time.time()
     bar = tqdm(total=s.tokens, unit=' tokens', unit_scale=True, leave=False, disable=None)
     for number, batch in enumerate(batches(source.read(note['position']), lambda d: len(d.text))):
-        texts = [document.text for document in batch]
-        for document, ids in zip(batch, encoder.encode(texts, check=number % 16 == 0)):
+        if source.is_chat:
+            encoded = [encode_chat(chat, document, meta) for document in batch]
+        else:
+            texts = [document.text for document in batch]
+            encoded = encoder.encode(texts, check=number % 16 == 0)
+        for document, ids in zip(batch, encoded):
             if s.tokens and output.tokens() >= s.tokens:
                 return
             key, split = hash_and_split(document, s)
@@ -230,17 +248,39 @@ def fill(s, source, output):
             elif key in seen:
                 meta['left_out']['duplicates'] += 1
             else:
-                if EOT in document.text and not s.special_in_text:
+                if EOT in document.text and not (s.special_in_text or source.is_chat):
                     note['spelled'] = note.get('spelled', 0) + document.text.count(EOT)
-                output.append(split, np.concatenate((begin, ids, end)), document.text)
+                output.append(split, np.concatenate((begin, ids, end), -1), learned(document))
                 if s.deduplicate:
                     seen.add(key)
                     output.files['seen'].write(key.to_bytes(8, 'little'))
+        output.lay_rows()
         bar.update(output.tokens() - bar.n)
         note['position'] = source.position()
         if time.time() - saved > SAVE_SECONDS:
             output.save()
             saved = time.time()
+
+
+def learned(document):
+    """Return the text that a model learns to write: a document, or what the assistant says."""
+    if document.messages is None:
+        return document.text
+    return ''.join(m['content'] for m in document.messages if m['role'] == 'assistant')
+
+
+def encode_chat(chat, document, meta):
+    """Return a conversation's ids and which of them count (2, n), or a ValueError."""
+    try:
+        both = chat.encode(document.messages or [])
+        length = both.shape[1]
+        if length > meta['pack']:
+            raise ValueError(f'{length:,} tokens do not fit into rows of --pack={meta["pack"]}')
+        if meta['eot_id'] in both[0, :-1]:
+            raise ValueError("the chat template ends turns with the token that ends a document")
+        return both
+    except ValueError as e:
+        return e
 
 
 def leave_out(s, document, problem):
@@ -268,21 +308,53 @@ class Output:
         self.folder = folder
         self.note = note
         self.files = {}
-        for name in ('train', 'val', 'test', 'seen'):
+        self.waiting = {}           # conversations of each split, for rows
+        names = ['train', 'val', 'test', 'seen']
+        if note['meta']['pack']:
+            self.waiting = {split: [] for split in SPLITS}
+            names += ['train.mask', 'val.mask', 'test.mask']
+        for name in names:
             self.files[name] = open(folder / f'{name}.bin', 'ab')
             self.files[name].truncate(note['sizes'].get(name, 0))
             self.files[name].seek(0, os.SEEK_END)
 
     def append(self, split, ids, text):
-        """Add the ids (n,) of a document."""
+        """Add the ids (n,) of a document; or (2, n) of a conversation, with what counts."""
+        counts = self.note['meta']['splits'][split]
+        counts['tokens'] += ids.shape[-1]
+        counts['bytes'] += len(text.encode())
+        counts['documents'] += 1
+        if ids.ndim == 1:
+            self.write(split, ids)
+        else:
+            self.waiting[split].append(ids)
+
+    def write(self, split, ids):
         meta = self.note['meta']
         data = ids.astype(DTYPES[meta['dtype']]).tobytes()
         self.files[split].write(data)
-        counts = meta['splits'][split]
-        counts['tokens'] += len(ids)
-        counts['bytes'] += len(text.encode())
-        counts['documents'] += 1
         meta['crc32'][split] = [zlib.crc32(data, meta['crc32'][split][0])]
+
+    def lay_rows(self):
+        """Write the conversations that wait. Each row takes the longest that fits, until none does,
+        and is filled up with end-of-text tokens."""
+        meta = self.note['meta']
+        filler = np.array([[meta['eot_id']], [0]])
+        for split, conversations in self.waiting.items():
+            counts = meta['splits'][split]
+            conversations.sort(key=np.size)
+            lengths = [ids.shape[1] for ids in conversations]
+            while conversations:
+                row = []
+                room = meta['pack'] + 1             # x and y of a sequence
+                while (fitting := bisect.bisect_right(lengths, room)) > 0:
+                    row.append(conversations.pop(fitting - 1))
+                    room -= lengths.pop(fitting - 1)
+                ids, mask = np.concatenate((*row, np.repeat(filler, room, 1)), 1)
+                self.write(split, ids)
+                self.files[f'{split}.mask'].write(mask.astype('u1').tobytes())
+                counts['tokens'] += room
+                counts['targets'] = counts.get('targets', 0) + int(mask.sum())
 
     def tokens(self):
         return sum(counts['tokens'] for counts in self.note['meta']['splits'].values())
@@ -306,6 +378,7 @@ def write_json(path, value):
 
 
 def finish(output):
+    output.lay_rows()
     meta = output.note['meta']
     for split, counts in list(meta['splits'].items()):
         if counts['tokens']:
@@ -325,12 +398,14 @@ def finish(output):
 
 def move(work, out):
     """Move finished files in place; can be rerun: old meta.json goes first, new comes last."""
-    names = [f'{split}.bin' for split in json.loads((work / 'meta.json').read_bytes())['splits']]
-    (work / 'progress.json').unlink(missing_ok=True)
-    (out / 'meta.json').unlink(missing_ok=True)
-    if 'test.bin' not in names:
-        (out / 'test.bin').unlink(missing_ok=True)      # of an earlier dataset
-    for name in (*names, 'tokenizer.json', 'meta.json'):
+    if (work / 'progress.json').exists():               # nothing has been moved
+        (out / 'meta.json').unlink(missing_ok=True)
+        for name in ('test.bin', *(f'{split}.mask.bin' for split in SPLITS), *COMPANIONS):
+            (out / name).unlink(missing_ok=True)        # of an earlier dataset
+        (work / 'progress.json').unlink()
+    splits = json.loads((work / 'meta.json').read_bytes())['splits']
+    names = [f'{split}{kind}.bin' for split in splits for kind in ('', '.mask')]
+    for name in (*names, *COMPANIONS, 'tokenizer.json', 'meta.json'):
         if (work / name).exists():
             os.replace(work / name, out / name)
     shutil.rmtree(work)

@@ -2,7 +2,7 @@
 
     python sample.py --prompt "Before we proceed"               # the newest checkpoint under out/
     python sample.py --checkpoint=out/shakespeare --temperature=0 --max_new_tokens=100
-    python sample.py --checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct --chat --prompt "Hello!"
+    python sample.py --checkpoint=HuggingFaceTB/SmolLM2-135M-Instruct --chat    # line by line
 
 A checkpoint is a folder or Hub id of a Llama, Glm4Moe or DeepseekV3 model; a run's folder stands
 for its newest one. Text goes to stdout while it is generated, everything else to stderr.
@@ -11,13 +11,10 @@ import os
 os.environ.setdefault('GOMP_SPINCOUNT', '10000')    # decoding is many short parallel parts
 import glob
 import itertools
-import json
-import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +22,7 @@ import torch
 
 from model import Transformer
 from nanoseek import checkpoint, hf, settings
+from nanoseek.chat import Chat
 from nanoseek.device import pick_device
 from nanoseek.generate import Drafts, Sampling, compile_decoding, stream
 from nanoseek.tokenizer import decode, encode, load_tokenizer
@@ -33,14 +31,14 @@ from nanoseek.tokenizer import decode, encode, load_tokenizer
 @dataclass
 class Settings:
     """Settings of sample.py"""
-    prompt: str = '\n'              # the text to continue; special tokens in it are tokens
+    prompt: str | None = None       # the text to continue; special tokens in it are tokens
     checkpoint: str = ''            # a folder or Hub id; if empty the newest one under out/
     num_samples: int = 1            # how many texts, one after the other
     max_new_tokens: int = 500       # the most tokens of a text
     temperature: float = 0.8        # 0: always the likeliest token; above 1: wilder
     top_k: int | None = 50          # only among the k likeliest; none: all
     top_p: float | None = None      # only among the likeliest that make up this much; none: all
-    chat: bool = False              # put the prompt into the model's chat template, show the answer
+    chat: bool = False              # talk, by the model's chat template; with a prompt: one answer
     speculate: Literal['auto', True, False] = 'auto'  # MTP layers draft; auto: where it may pay
     seed: int = 1337                # of the random choices
     device: str = 'auto'            # auto, cpu, cuda, mps
@@ -70,13 +68,17 @@ def load(folder, s):
     return model, load_tokenizer(folder)
 
 
-def encode_prompt(tokenizer, text, config, whole=True):
-    """Return the ids of a text, see encode. ValueError if the model cannot continue it."""
-    ids = encode(tokenizer, text, whole)
+def encode_prompt(tokenizer, text, config):
+    """Return the ids of a text, a list. ValueError if the model cannot continue it."""
+    ids = encode(tokenizer, text)
+    check_length(ids, config)
+    return ids
+
+
+def check_length(ids, config):
     limit = config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}')
-    return ids
 
 
 def complete_pieces(tokenizer, ids, tokens):
@@ -95,56 +97,29 @@ def complete_pieces(tokenizer, ids, tokens):
     yield decode(tokenizer, ids[begin:])[len(before):]
 
 
-def chat_text(folder, messages):
-    """Return messages [{'role': ..., 'content': ...}] as one text, as transformers renders it by
-    the model's chat template (Jinja)."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    companions = hf.read_companions(folder)
-    values = json.loads(companions.get('tokenizer_config.json', '{}'))
-    template = companions.get('chat_template.jinja', values.get('chat_template'))
-    if template is None:
-        raise ValueError(f'{folder} has no chat template: give a prompt without --chat')
-    special_tokens = {}                             # {'bos_token': '<s>', ...}
-    for name, token in values.items():
-        if isinstance(token, dict):                 # with the settings of an AddedToken
-            token = token.get('content')
-        if name.endswith('_token') and isinstance(token, str):      # neither null nor a flag
-            special_tokens[name] = token
-
-    def raise_exception(message):
-        raise ValueError(message)
-
-    environment = ImmutableSandboxedEnvironment(    # templates come from strangers
-        trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    environment.filters['tojson'] = partial(json.dumps, ensure_ascii=False)
-    environment.globals.update(raise_exception=raise_exception,
-                               strftime_now=datetime.now().strftime)
-    for tag, same in (('endgeneration', 'endif'), ('generation', 'if true')):
-        template = re.sub(rf'({{%[-+]?\s*){tag}\b', rf'\1{same}', template)      # only for training
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, tools=None, documents=None,
-            **special_tokens)
-    except Exception as e:                          # a template may do anything
-        raise ValueError(f'the chat template of {folder} does not accept this prompt: '
-                         f'{type(e).__name__}: {e}') from e
+def prompts(s):
+    """Yield the prompt num_samples times; without one, for a chat, the lines of a user."""
+    if s.prompt is None and s.chat:
+        with suppress(EOFError):
+            while True:
+                yield input('> ')
+        return
+    for _ in range(s.num_samples):
+        yield s.prompt or '\n'
 
 
 def main(s):
     folder = find_checkpoint(s.checkpoint)
     model, tokenizer = load(folder, s)
-    text = s.prompt
     stops = hf.stop_ids(folder, model.config)
-    if s.chat:
-        text = chat_text(folder, [{'role': 'user', 'content': text}])
-    ids = encode_prompt(tokenizer, text, model.config, whole=not s.chat)
-    prompt = torch.tensor([ids], device=model.head.device)                            # (1, T)
+    chat = Chat(folder, tokenizer) if s.chat else None
+    talking = s.chat and s.prompt is None
     print(folder, file=sys.stderr)
 
     drafts = None
     speculate = s.speculate
     if speculate == 'auto':                         # no gain over compiled passes on a CPU
-        speculate = not (s.compile and prompt.device.type == 'cpu')
+        speculate = not (s.compile and model.head.device.type == 'cpu')
     if speculate and model.can_draft:
         drafts = Drafts()
     if s.compile:
@@ -155,20 +130,36 @@ def main(s):
     torch.manual_seed(s.seed)
     sampling = Sampling(s.temperature, s.top_k, s.top_p)
     count = 0
-    began = time.perf_counter()
-    for i in range(s.num_samples):
-        if i > 0:
+    seconds = 0.0
+    messages = []
+    for i, text in enumerate(prompts(s)):
+        if i > 0 and not talking:
             print('\n---')
+            messages = []
+        if s.chat:
+            messages.append({'role': 'user', 'content': text})
+            ids = chat.prompt(messages)
+        else:
+            ids = encode(tokenizer, text)
+        check_length(ids, model.config)
         if not s.chat:
-            print(s.prompt, end='', flush=True)
+            print(text, end='', flush=True)
+        began = time.perf_counter()
+        prompt = torch.tensor([ids], device=model.head.device)                        # (1, T)
         tokens = (t.item() for t in stream(model, prompt, s.max_new_tokens, sampling, drafts))
         written = list(ids)
         until_stop = itertools.takewhile(lambda token: token not in stops, tokens)
-        for text in complete_pieces(tokenizer, written, until_stop):
-            print(text, end='', flush=True)
+        answer = ''
+        for piece in complete_pieces(tokenizer, written, until_stop):
+            print(piece, end='', flush=True)
+            answer += piece
+        messages.append({'role': 'assistant', 'content': answer})
         count += len(written) - len(ids)
+        seconds += time.perf_counter() - began
+        if talking:
+            print()
     print(flush=True)
-    line = f'{count / (time.perf_counter() - began):.0f} tokens/s'
+    line = f'{count / max(seconds, 1e-9):.0f} tokens/s'
     if drafts:
         line += f', {drafts.share:.0%} of {drafts.made:,} drafts accepted'
     print(line, file=sys.stderr)

@@ -616,10 +616,8 @@ def test_parameter_counts_by_hand():
     parts = {
         'attention': 4 * (48 * 22 + 22 * 6 * 20 + 48 * (20 + 8) + 20 * 6 * (12 + 14) + 6 * 14 * 48),
         'norms': 4 * (2 * 48 + 22 + 20) + 48 + 3 * 48,
-        'moe': 3 * (8 * 48 + (8 + 2) * expert),
-        'mlp': 3 * 48 * 88,
+        'experts and MLPs': 3 * (8 * 48 + (8 + 2) * expert) + 3 * 48 * 88 + 2 * 48 * 48,
         'embedding': 2 * V * 48,
-        'mtp': 2 * 48 * 48,
     }
     total = sum(p.numel() for p in model.parameters())
     assert total == sum(parts.values())

@@ -30,7 +30,7 @@ from nanoseek.log import (Log, Meter, culprit, elapsed, load_entry, progress_lin
                           validation_line, versions)
 from nanoseek.optim import learning_rate_at, make_optimizer, set_learning_rate, whole
 from nanoseek.tokenizer import decode, encode, load_tokenizer
-from nanoseek.tokens import NoDataset, open_data
+from nanoseek.tokens import NoDataset, describe, open_data
 
 
 @dataclass
@@ -185,9 +185,9 @@ def check(s, c, data, dist, folder):
                      f'above the number of MTP layers, {c.num_nextn_predict_layers}')
     settings.require(s, 'block_size', s.block_size <= c.max_position_embeddings,
                      f'at most max_position_embeddings={c.max_position_embeddings}')
-    if s.doc_attention_mask:
+    if s.doc_attention_mask or data.pack:
         settings.require(c, 'attention', c.attention != 'linear',
-                         'gqa or mla with doc_attention_mask')
+                         'gqa or mla with doc_attention_mask or conversations')
         settings.require(s, 'dataset', data.eot_id is not None,
                          'one with an end-of-text token if doc_attention_mask is on: prepare it '
                          'with a tokenizer that has one, such as bpe:1024')
@@ -206,6 +206,13 @@ def micro_batches(data, s, dist, batch, step):
         yield to_device(data.batch('train', rows, s.block_size, s.seed), dist.device)
 
 
+def mean_counts(model, micros, dist):
+    """Return the mean number of targets in the micro-batches of a step, over all ranks: what sums
+    are divided by, so that each token of the step has the same weight. See model.target_counts."""
+    counts = sum(model.target_counts(y) for _, y in micros)
+    return dist.sum(counts) / (len(micros) * dist.world)
+
+
 @torch.no_grad()
 def evaluate(model, data, s, dist):
     """Return the mean loss in nats per token on one source's val split, or on its first eval_steps
@@ -213,7 +220,7 @@ def evaluate(model, data, s, dist):
     count = data.windows('val', s.block_size)
     if s.eval_steps:
         count = min(count, s.eval_steps * s.batch_size)
-    total = torch.zeros(2, dtype=torch.float64, device=dist.device)     # sequences, their losses
+    total = torch.zeros(2, dtype=torch.float64, device=dist.device)     # tokens, their losses
     model.eval()
     for first in range(0, count, dist.world * s.batch_size):
         mine = first + dist.rank * s.batch_size
@@ -224,10 +231,11 @@ def evaluate(model, data, s, dist):
         x, y = to_device(windows, dist.device)
         with dist.autocast():
             _, loss = model(x, y)
-        total += rows * torch.stack((torch.ones_like(loss), loss)).double()
+        tokens = (y[:rows] >= 0).sum().double()
+        total += torch.stack((tokens, tokens * loss))
     model.train()
-    sequences, loss = dist.sum(total).tolist()
-    return loss / sequences
+    tokens, loss = dist.sum(total).tolist()
+    return loss / max(tokens, 1)
 
 
 def validate(model, data, s, dist):
@@ -302,7 +310,9 @@ def main(s, given, dist):
     # A user's mistake ends the run here, in one line, before anything is written
     data = open_data(s.dataset)
     batch = s.global_batch_size or s.batch_size * dist.world            # sequences of a step
-    start = dist.first(checkpoint.find, s, checkpoint.identity(s, data, batch))
+    identity = {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
+                'embedding_lr': s.embedding_lr, 'batch': batch, 'data': data.fingerprint()}
+    start = dist.first(checkpoint.find, s, identity)
     folder = starting_folder(s, start)
     c = model_config(given, folder, data)
     check(s, c, data, dist, folder)
@@ -312,13 +322,13 @@ def main(s, given, dist):
     # Model and optimizer
     model.to(dist.device).train()
     model.gradient_checkpointing = s.gradient_checkpointing
-    model.doc_attention_mask = s.doc_attention_mask
+    model.doc_attention_mask = s.doc_attention_mask or data.pack > 0
     if s.fp8:
         to_fp8(model, s.fp8, dist.device)
     forward = dist.wrap(model)
     optimizer = make_optimizer(s, model, dist.dtype)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    run = checkpoint.Run(model, optimizer, scaler, folder)
+    run = checkpoint.Run(model, optimizer, scaler, identity, folder, data.directory)
     if start:
         run.load(start)
     if run.step >= s.max_steps:
@@ -359,10 +369,12 @@ def main(s, given, dist):
         # Forward and backward: gradients add up over micro-steps, and are means over ranks
         position = run.step + run.skipped                               # in the data
         losses = Counter()
-        for micro, (x, y) in enumerate(micro_batches(data, s, dist, batch, position), 1):
+        micros = list(micro_batches(data, s, dist, batch, position))
+        counts = mean_counts(model, micros, dist)
+        for micro, (x, y) in enumerate(micros, 1):
             with dist.accumulate(last=micro == micro_steps):
                 with dist.autocast():
-                    _, loss = forward(x, y)
+                    _, loss = forward(x, y, counts)
                 scaler.scale(loss / micro_steps).backward()
             for name, value in model.losses.items():
                 losses[name] += value / micro_steps
@@ -442,7 +454,9 @@ def main(s, given, dist):
             log.say(f'--- sample\n{sample_text(model, data, s, dist)}\n---')
             meter.start(run.step)
         if is_due(s.checkpoint_interval, run.step, last) or last:
-            log.say(checkpoint.save(run, s, data, dist, val_loss))
+            run.card = {'started from': s.init_from or 'random weights', 'data': describe(data),
+                        'tokens seen': f'{run.step * tokens:,}'}
+            log.say(checkpoint.save(run, s, load_tokenizer(data.directory), dist, val_loss))
             meter.start(run.step)
         if stop:
             log.say(f'{reason or "another rank"}: stopped after step {run.step}; the same command '

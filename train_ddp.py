@@ -15,7 +15,7 @@ import gc
 import sys
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -101,6 +101,7 @@ class Ranks:
             fully_shard(moe.gate, mesh=mesh, mp_policy=MixedPrecisionPolicy())
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
+        policy = replace(policy, cast_forward_inputs=False)     # counts of targets stay exact
         fully_shard(model, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, 'hidden')       # text samples call it directly
         return model

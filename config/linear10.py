@@ -15,7 +15,6 @@ batch_size = 8
 block_size = 32
 global_batch_size = 64                  # accumulates 8 micro-steps
 learning_rate = 5e-5
-weight_decay = 0.1
 max_steps = 5000
 eval_interval = 100
 eval_steps = 50

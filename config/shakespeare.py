@@ -16,7 +16,6 @@ n_routed_experts = 16
 num_experts_per_tok = 2
 moe_intermediate_size = 128
 max_position_embeddings = 256
-initializer_range = 0.02
 bias_update_speed = 1e-2                # a short run must find its balance sooner
 
 batch_size = 8

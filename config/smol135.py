@@ -19,7 +19,6 @@ intermediate_size = 1536
 moe_intermediate_size = 1536
 max_position_embeddings = 8192
 rms_norm_eps = 1e-5
-initializer_range = 0.02
 
 batch_size = 0                          # as many as fit
 block_size = 2048

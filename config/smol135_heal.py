@@ -16,4 +16,3 @@ eval_interval = 50
 eval_steps = 16
 log_interval = 5
 checkpoint_interval = 250
-sample_interval = 0

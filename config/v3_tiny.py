@@ -1,8 +1,8 @@
 # DeepSeek-V3's shape for one small GPU, to test changes to its recipe. 0.14B parameters.
 # Made for a tokenizer trained on the corpus (--tokenizer=bpe:32000), or any smaller vocabulary.
 # Needs 8 GB for 8 x 1024 tokens; `--max_steps=0` prints what fits. On a CPU try --block_size=64.
+from config.v3_mini import *
 out_dir = 'out/v3-tiny'
-attention = 'mla'
 vocab_size = 32000
 hidden_size = 768
 intermediate_size = 2048
@@ -11,21 +11,14 @@ num_attention_heads = 12
 q_lora_rank = 384
 kv_lora_rank = 128
 qk_nope_head_dim = 32
-qk_rope_head_dim = 32
-v_head_dim = 64
-n_shared_experts = 1
 n_routed_experts = 8
 num_experts_per_tok = 2
 moe_intermediate_size = 256
-first_k_dense_replace = 1
 num_nextn_predict_layers = 1
-tie_word_embeddings = False
 initializer_range = 0.02
-max_position_embeddings = 4096
 
-batch_size = 0                          # as many as fit
 block_size = 1024
-global_batch_size = 64
+gradient_checkpointing = False
 optimizer = 'muon'
 learning_rate = 2e-3                    # nanoseek/dial.py gives 2.6e-3; a longer run needs less
 embedding_lr = 3.0
@@ -36,5 +29,4 @@ warmup_steps = 500
 max_steps = 10000
 eval_interval = 500
 eval_steps = 6
-checkpoint_interval = 1000
 sample_interval = 1000

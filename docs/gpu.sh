@@ -16,7 +16,6 @@ show python -m pytest -q --device=cuda -m 'slow or not slow'
 bench smol135_dense --batch_size=16
 bench smol135 --batch_size=8 --vs=transformers
 bench v3_tiny --batch_size=16
-show python bench.py config/smol135.py --batch_size=8 --profile
 train shakespeare_gpu --eval_interval=50 --out_dir=out/gpu/race
 for fp8 in '' tensorwise rowwise; do
     train smol135_dense --batch_size=8 --global_batch_size=8 --block_size=1024 --max_steps=200 \

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 
 from nanoseek import hf
 from nanoseek.optim import shard_like, whole
-from nanoseek.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -27,19 +26,22 @@ PROGRESS = ('step', 'skipped', 'rollbacks', 'bad', 'losses')
 
 
 class Run:
-    """What a checkpoint keeps of a run. folder: of the model it started from, or None"""
-    def __init__(self, model, optimizer, scaler, folder=None):
+    """What a checkpoint keeps of a run. identity: what must not change when it continues. folders:
+    whose companions it hands on, if not None: of the model it started from, and of the data"""
+    def __init__(self, model, optimizer, scaler, identity, *folders):
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
         self.companions = {}        # files beside the weights, see hf.read_companions
-        if folder:
-            self.companions = hf.read_companions(folder)
+        for folder in filter(None, folders):
+            self.companions.update(hf.read_companions(folder))
         self.step = 0               # optimizer steps taken
         self.skipped = 0            # steps whose data was passed over after a rollback
         self.rollbacks = 0
         self.bad = 0                # steps in a row, up to now, that were not finite
         self.losses = {}            # of the last evaluation, for the model card
+        self.card = {}              # its other lines, {name: text}
+        self.identity = identity
         self.id = os.urandom(4).hex()       # for Weights & Biases
         self.lr = math.inf          # of the last step, if loaded
 
@@ -157,12 +159,6 @@ def find(s, identity):
     return checkpoint
 
 
-def identity(s, data, batch):
-    """Return what must stay the same in all parts of a run. batch: sequences of a step"""
-    return {'seed': s.seed, 'block_size': s.block_size, 'optimizer': s.optimizer,
-            'embedding_lr': s.embedding_lr, 'batch': batch, 'data': data.fingerprint()}
-
-
 def check_same(checkpoint, name, old, new):
     if old != new:
         raise ValueError(f'{checkpoint} was trained with {name}={old}, now it is {new}: change it '
@@ -206,9 +202,9 @@ def sync(path):
         os.close(descriptor)
 
 
-def save(run, s, data, dist, val_loss=None):
+def save(run, s, tokenizer, dist, val_loss=None):
     """Write out_dir/step-N and prune older ones. All ranks call it, rank 0 writes. Return a line
-    about it. val_loss: at this step, if it was evaluated"""
+    about it. val_loss: at this step, if it was evaluated; the best checkpoint stays"""
     state = gather(run.state(), dist.rank == 0)
     weights = gather(run.model.state_dict(), dist.rank == 0)
     if dist.rank > 0:
@@ -217,17 +213,15 @@ def save(run, s, data, dist, val_loss=None):
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             return f'{final} is not written: {name} is not finite'
-    batch = s.global_batch_size or s.batch_size * dist.world
     with whole_folder(final) as folder:
         hf.save_pretrained(run.model, folder, state=weights)
-        hf.write_companions(folder, load_tokenizer(data.directory), run.model.config,
-                            run.companions)
-        card = hf.model_card(s, run.model, data, run.step, run.losses, dist.world)
+        hf.write_companions(folder, tokenizer, run.model.config, run.companions)
+        card = hf.model_card(run, Path(s.out_dir).name)
         (folder / 'README.md').write_text(card, encoding='utf-8')
         (folder / 'trainer').mkdir()
         torch.save(state, folder / 'trainer' / 'state.pt')
         hf.write_json(folder / 'trainer' / 'settings.json', {
-            **asdict(s), **asdict(run.model.config), **identity(s, data, batch),
+            **asdict(s), **asdict(run.model.config), **run.identity,
             'val_loss': val_loss, 'wandb_id': run.id})
     prune(s.out_dir, s.keep_checkpoints)
     return f'saved {final}'

@@ -12,12 +12,11 @@ from nanoseek.hf import architecture_class
 from nanoseek.optim import parameter_groups
 
 PARTS = {       # a part of a parameter's name -> its kind; the first match counts
-    'norm': 'norms', 'self_attn': 'attention', 'experts': 'moe', 'mlp.gate.': 'moe',
-    'mlp.': 'mlp', 'eh_proj': 'mtp', '': 'embedding'}
+    'norm': 'norms', 'self_attn': 'attention', 'layers': 'experts and MLPs', '': 'embedding'}
 CPU_HEAP = 1.5              # bytes of glibc's heap for a byte that autograd keeps, measured
 CPU_KERNELS = 48 * 2**20    # bytes of the bfloat16 kernels that oneDNN compiles, measured
 EXPERT_KERNELS = 13 * 2**20  # and for each expert, as its number of rows varies
-KINDS = ('total', 'active', 'attention', 'moe', 'mlp', 'embedding', 'norms', 'mtp')
+KINDS = ('total', 'active', *PARTS.values())
 
 
 def on_meta(c):

@@ -90,7 +90,7 @@ def compile_model(model, forward, s, device, dtype):
     problem = None
     try:
         with torch.random.fork_rng(), autocast(device, dtype):
-            _, loss = compiled(idx, idx)
+            _, loss = compiled(idx, idx, model.target_counts(idx).float())
         loss.backward()
     except Exception as e:              # any layer of torch, or the compiler that it calls
         problem = f'torch.compile does not work here ({one_line(e)})'

@@ -70,6 +70,8 @@ def sample(logits, sampling):
 
 def probabilities(logits, sampling):
     """Return the distribution (..., V) that sampling draws from."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     logits, ids = likeliest(logits, sampling)
     p = logits.softmax(-1)
     return torch.zeros_like(p).scatter(-1, ids, p)
@@ -86,22 +88,9 @@ class Drafts:
         return self.accepted / max(self.made, 1)
 
 
-def make_draft(logits, sampling):
-    """Choose tokens (B, 1) from logits (B, V). Return them and the distribution (B, V) that they
-    were drawn from, None at temperature 0."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True), None
-    q = probabilities(logits, sampling)
-    return q.multinomial(1), q
-
-
 def check(logits, draft, q, sampling):
     """Compare a draft (B, 1), drawn from q, with the model's logits (B, 2, V): in its place and
     behind it. Return 1 if every sequence accepts it, else 0, and the next token (B, 1)."""
-    if sampling.temperature == 0:
-        best = logits.argmax(-1)                                                        # (B, 2)
-        accepted = int((best[:, :1] == draft).all())
-        return accepted, best[:, accepted:accepted + 1]
     p = probabilities(logits, sampling)                                              # (B, 2, V)
     ratio = p[:, 0].gather(1, draft) / q.gather(1, draft)                               # (B, 1)
     accepts = torch.rand_like(ratio) < ratio
@@ -154,7 +143,8 @@ def stream(model, idx, max_new_tokens, sampling, drafts=None):
             h = contiguous(h[:, :after.shape[1]])
             h = states(model, 'mtp', 1, h, after, mtp_cache)                           # (B, R, D)
             mtp_cache.length += after.shape[1]
-            draft, q = make_draft(logits_of(model, h[:, -1:])[:, 0], sampling)
+            q = probabilities(logits_of(model, h[:, -1:])[:, 0], sampling)
+            draft = q.multinomial(1)
 
 
 def generate(model, idx, max_new_tokens, sampling, stop, drafts=None):

@@ -20,20 +20,18 @@ from safetensors import SafetensorError, safe_open
 
 from model import Config, Transformer
 from nanoseek import settings
+from nanoseek.tokenizer import COMPANIONS
 
-# Files that a model hands on to the models made from it
-COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
-              'chat_template.jinja')
 MODEL_FILES = ['config.json', 'model*.safetensors*', 'tokenizer.json', *COMPANIONS]
 
 
-def hub_folder(name):
+def hub_folder(name, files=MODEL_FILES):
     """Return the Path of a folder; download the files if name is a repository on the Hub."""
     if Path(name).is_dir():
         return Path(name)
     import huggingface_hub
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=MODEL_FILES))
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=files))
     except Exception as e:                          # huggingface_hub has errors of many kinds
         raise ValueError(f"'{name}' is not a folder, and not available on the Hub: {e}") from e
 
@@ -328,29 +326,25 @@ def all_stop_ids(config, generation_config):
     return list(dict.fromkeys(config.stop_ids + other.stop_ids))
 
 
-def model_card(s, model, data, step, losses, world):
-    """Return the text of README.md. s: train.py's Settings; world: the number of ranks."""
+def model_card(run, name):
+    """Return the text of README.md for a checkpoint.Run."""
     from nanoseek.cost import architecture, parameter_table     # which imports this file
-    kind = architecture_class(model.config)
-    table = parameter_table(model)
-    tokens = step * (s.global_batch_size or s.batch_size * world) * s.block_size
-    names = []
-    for name, (source, share) in data.sources.items():
-        names.append(f'{share:.1%} {name} ({source.meta["source"]["license"]})')
-    results = ', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())
+    config = run.model.config
+    kind = architecture_class(config)
+    table = parameter_table(run.model)
+    results = ', '.join(f'{name} {loss:.4f}' for name, loss in run.losses.items())
+    lines = {**run.card, 'results': results or 'not evaluated yet',
+             'command': f'`{" ".join(sys.argv)}`'}
+    lines = '\n'.join(f'- {name}: {text}' for name, text in lines.items())
     return f"""\
 ---
 library_name: {'nanoseek' if kind.startswith(OURS) else 'transformers'}
 tags: [nanoseek]
 ---
-# {Path(s.out_dir).name}, step {step:,}
+# {name}, step {run.step:,}
 
-{kind}: {architecture(model.config)}, context {model.config.max_position_embeddings:,}.
+{kind}: {architecture(config)}, context {config.max_position_embeddings:,}.
 {table['total']:,} parameters, {table['active']:,} active per token.
 
-- started from: {s.init_from or 'random weights'}
-- data: {' + '.join(names)}, tokenizer {source.meta['tokenizer']['name']}
-- tokens seen: {tokens:,}
-- losses: {results or 'not evaluated yet'}
-- command: `{' '.join(sys.argv)}`, ranks: {world}
+{lines}
 """

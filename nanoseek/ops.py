@@ -264,16 +264,19 @@ def dropout(x, p, training):
 LOGITS_OF_A_CHUNK = 2**26
 
 
-def linear_cross_entropy(h, weight, targets):
+def linear_cross_entropy(h, weight, targets, count=None):
     """The mean cross-entropy of a linear head, in nats.
 
         F.cross_entropy(F.linear(h, weight).float(), targets, ignore_index=-100)
 
-    h (N, D), weight (V, D), targets (N,), ignored if below 0; the loss is 0 if all are. Logits
-    exist for a chunk of rows at a time, which turns into gradients at once.
+    h (N, D), weight (V, D), targets (N,), ignored if below 0; the loss is 0 if all are. count: what
+    the sum is divided by, if not their number. Logits exist for a chunk of rows at a time, which
+    turns into gradients at once.
     """
     total = LinearCrossEntropy.apply(h, weight, targets, torch.is_grad_enabled())
-    return total / (targets >= 0).sum().clamp(min=1)
+    if count is None:
+        count = (targets >= 0).sum()
+    return total / count.clamp(min=1)
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -32,8 +32,11 @@ HUB = {
     'fineweb-edu-10bt': ('HuggingFaceFW/fineweb-edu', 'sample-10BT', 'train', 'text', 'odc-by'),
     'python-edu': ('Avelina/python-edu', '', 'train', 'text', 'odc-by'),  # smollm-corpus: ids only
     'tinystories': ('roneneldan/TinyStories', '', 'train', 'text', 'cdla-sharing-1.0'),
+    'smoltalk': ('HuggingFaceTB/smoltalk', 'all', 'train', 'messages', 'apache-2.0'),
+    'smol-smoltalk': ('HuggingFaceTB/smol-smoltalk', '', 'train', 'messages', 'apache-2.0'),
     'openwebtext': ('Skylion007/openwebtext', '', 'train', 'text', 'cc0-1.0'),
 }
+MESSAGES = 'messages'               # the field of conversations
 BYTE_ORDER_MARK = b'\xef\xbb\xbf'   # at the start of a file it is no text
 
 
@@ -42,6 +45,7 @@ class Document:
     """A text, or the problem with it"""
     where: str
     text: str = ''
+    messages: list | None = None    # of a conversation, whose contents are the text
     problem: str = ''
     split: str = ''                 # if empty, a hash of the text decides
 
@@ -58,6 +62,11 @@ class Source:
         self.files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
         self.at = [0, 0]
         self.stream = None
+
+    @functools.cached_property
+    def is_chat(self):
+        first = next(self.read(), None)
+        return first is not None and first.messages is not None
 
     def position(self):
         if hasattr(self.stream, 'state_dict'):
@@ -87,10 +96,19 @@ def make_document(where, row, field):
         return row
     if isinstance(row, ValueError):             # of a reader
         return Document(where, problem=str(row))
+    if isinstance(row, dict) and field not in row and MESSAGES in row:
+        field = MESSAGES
     if not isinstance(row, dict) or field not in row:
         return Document(where, problem=f"no field '{field}' (--text_field=NAME names another) in "
                         f'{row!r:.100}')
     text = row[field]
+    messages = None
+    if field == MESSAGES:
+        messages = text
+        try:
+            text = '\n'.join(message['content'] for message in messages)
+        except (TypeError, KeyError):
+            return Document(where, problem=f'no roles with texts as content in {text!r:.100}')
     if not isinstance(text, (str, bytes)):
         return Document(where, problem=f"'{field}' is {type(text).__name__}, not text")
     try:
@@ -99,7 +117,7 @@ def make_document(where, row, field):
         text.encode()                           # fails for half of a pair of surrogates
     except ValueError as e:
         return Document(where, problem=str(e))
-    return Document(where, text)
+    return Document(where, text, messages)
 
 
 def read_text(path, field):
@@ -137,7 +155,9 @@ def read_csv(path, field):
 
 def read_parquet(path, field):
     import datasets
-    columns = datasets.Features({field: datasets.Value('binary')})      # a text may be no UTF-8
+    columns = None
+    if field != MESSAGES:
+        columns = datasets.Features({field: datasets.Value('binary')})  # a text may be no UTF-8
     return load_stream('parquet', field, 'train', data_files=glob.escape(str(path)),
                        features=columns)
 
@@ -177,11 +197,11 @@ def open_source(s, revision=None):
     if s.source in TEXTS:
         return open_known_text(s)
     where, subset, split, field, license = HUB.get(s.source, (s.source, '', '', 'text', 'unknown'))
+    field = s.text_field or field
     if s.path:
         where, subset, split = s.path, '', ''
     subset = s.subset or subset
     split = s.split or split
-    field = s.text_field or field
     path = Path(where)
     if path.is_file():
         refuse_pointer(path)

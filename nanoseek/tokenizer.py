@@ -22,6 +22,9 @@ CODE_TOKENS = ['<|im_start|>', '<|im_end|>', '<repo_name>', '<reponame>', '<file
                '<filename>', '<gh_stars>', '<issue_start>', '<issue_comment>', '<issue_closed>',
                '<jupyter_start>', '<jupyter_text>', '<jupyter_code>', '<jupyter_output>',
                '<empty_output>']
+# Files that a model hands on to the models made from it
+COMPANIONS = ('tokenizer_config.json', 'special_tokens_map.json', 'generation_config.json',
+              'chat_template.jinja')
 GPT2_FILES = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main'
 PIECE = 1 << 15             # characters: longer texts are encoded in pieces
 BATCH = 1 << 20             # characters that a library gets at a time; 330 bytes of memory each
@@ -92,8 +95,13 @@ def load_tokenizer(path):
 def encode(tokenizer, text, whole=True):
     """Return the ids of a text, a list. whole: with what the tokenizer puts around a whole text,
     as Llama's <s>; ours add nothing. ValueError for a character that has no id."""
+    return encoding(tokenizer, text, whole).ids
+
+
+def encoding(tokenizer, text, whole=True):
+    """The same, with each token's place in the text: a tokenizers.Encoding"""
     try:
-        return tokenizer.encode(text, add_special_tokens=whole).ids
+        return tokenizer.encode(text, add_special_tokens=whole)
     except Exception as e:                          # of char_tokenizer alone
         vocab = tokenizer.get_vocab()
         c = next((c for c in text if c not in vocab), '')

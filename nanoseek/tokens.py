@@ -1,6 +1,7 @@
 """Token files as training reads them: a dataset or a mixture, ordered by the seed alone.
 
     data/NAME/train.bin, val.bin, test.bin      token ids, little-endian uint16 or uint32
+    data/NAME/train.mask.bin, ...               of conversations: 1 for tokens that count, uint8
     data/NAME/meta.json                         what they mean; without it, the files are unfinished
     data/NAME/tokenizer.json                    the tokenizer that made them
 """
@@ -47,12 +48,14 @@ class TokenData:
         if not file.is_file():
             raise NoDataset(f'no dataset in {directory}: {again}')
         self.meta = json.loads(file.read_bytes())
-        if self.meta['version'] != VERSION or self.meta.get('pack'):
-            raise ValueError(f'{file} is of another version, or of packed rows: {again} again')
+        self.pack = self.meta.get('pack', 0)        # of conversations: a row has one token more
+        if self.meta['version'] != VERSION:
+            raise ValueError(f'{file} is of another version: {again} again')
         self.dtype = np.dtype(DTYPES[self.meta['dtype']])
         self.eot_id = self.meta['eot_id']
         self.vocab_size = self.meta['vocab_size']
         self.splits = {}
+        self.masks = {}
         for split, counts in self.meta['splits'].items():
             path = self.directory / f'{split}.bin'
             size = path.stat().st_size
@@ -61,6 +64,9 @@ class TokenData:
                                  f'{counts["tokens"]:,} tokens of meta.json: {again} again')
             # a plain view: slices of a memmap are slower
             self.splits[split] = np.memmap(path, self.dtype, 'r').view(np.ndarray)      # (N,)
+            if self.pack:
+                path = self.directory / f'{split}.mask.bin'
+                self.masks[split] = np.memmap(path, np.uint8, 'r').view(np.ndarray)     # (N,)
         self.starts = functools.lru_cache(64)(self.compute_starts)
 
     @property
@@ -78,11 +84,17 @@ class TokenData:
         return f'{self.meta["source"]["name"]} {zlib.crc32(parts.encode()):08x}'
 
     def bytes_per_token(self, split):
-        return self.meta['splits'][split]['bytes'] / len(self.splits[split])
+        counts = self.meta['splits'][split]
+        return counts['bytes'] / counts.get('targets', counts['tokens'])
 
     def windows(self, split, block_size):
         """Return how many sequences fit side by side, each with a next token. ValueError: none."""
         tokens = len(self.splits[split])
+        if self.pack:
+            if self.pack != block_size:
+                raise ValueError(f'block_size={block_size}: must be {self.pack}, as the rows of '
+                                 f'{self.directory}; prepare.py --pack={block_size} makes others')
+            return tokens // (self.pack + 1)
         if tokens <= block_size:
             raise ValueError(f"split '{split}' of {self.directory} has {tokens:,} tokens, and "
                              f'block_size={block_size} needs {block_size + 1:,}: use a smaller '
@@ -103,18 +115,25 @@ class TokenData:
         epoch, k = np.divmod(np.arange(4096 * part, 4096 * part + 4096, dtype=np.uint64), windows)
         key = scramble(np.array([seed % 2**64], np.uint64)) ^ zlib.crc32(split.encode())
         key = scramble(scramble(key) ^ epoch)                                         # (4096,)
+        if self.pack:
+            return permute(k, windows, key).astype(np.int64) * (self.pack + 1)
         starts = scramble(key) % block_size + permute(k, windows, key) * block_size   # (4096,)
         last = len(self.splits[split]) - 1 - block_size
         return np.minimum(starts, last).astype(np.int64)
 
     def eval_batch(self, split, first, count, block_size):
         """Return windows first ... first + count - 1 of the text: x, y (count, T) int64."""
-        return self.sequences(split, block_size * np.arange(first, first + count), block_size)
+        length = self.pack + 1 if self.pack else block_size
+        return self.sequences(split, length * np.arange(first, first + count), block_size)
 
     def sequences(self, split, starts, block_size):
         ids = self.splits[split]
         both = np.stack([ids[a:a + block_size + 1] for a in starts]).astype(np.int64)
-        return both[:, :-1], both[:, 1:]                                         # (B, T) each
+        x, y = both[:, :-1], both[:, 1:]                                         # (B, T) each
+        if self.pack:
+            mask = np.stack([self.masks[split][a + 1:a + block_size + 1] for a in starts])
+            y = np.where(mask, y, -100)
+        return x, y
 
 
 class Mixture:
@@ -140,6 +159,7 @@ class Mixture:
         self.directory = first.directory
         self.vocab_size = first.vocab_size
         self.eot_id = first.eot_id
+        self.pack = max(data.pack for data in opened.values())
 
     def fingerprint(self):
         return ' + '.join(self.prints)
@@ -162,6 +182,14 @@ class Mixture:
             if rows.any():
                 x[rows], y[rows] = data.batch(split, within[rows], block_size, seed ^ self.keys[i])
         return x, y
+
+
+def describe(data):
+    """Return a line about a TokenData or a Mixture, for model cards."""
+    names = []
+    for name, (source, share) in data.sources.items():
+        names.append(f'{share:.1%} {name} ({source.meta["source"]["license"]})')
+    return f'{" + ".join(names)}, tokenizer {source.meta["tokenizer"]["name"]}'
 
 
 def whole_counts(shares):

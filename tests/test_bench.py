@@ -12,24 +12,6 @@ TINY = ('--hidden_size=64 --num_hidden_layers=2 --num_attention_heads=4 --n_rout
         '--n_shared_experts=1 --moe_intermediate_size=64 --num_nextn_predict_layers=1 '
         '--batch_size=4 --block_size=128 --max_position_embeddings=256 --device=cpu --rounds=1 '
         '--contexts=16,512 --batch_sizes=1,2 --new_tokens=8').split()
-NANOGPT = """
-import torch
-class GPTConfig:
-    def __init__(self, block_size, vocab_size, n_layer, n_head, n_embd, bias):
-        self.vocab_size = vocab_size
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
-    def forward(self, idx, targets):
-        logits = self.table(idx).view(-1, self.config.vocab_size)
-        return None, torch.nn.functional.cross_entropy(logits, targets.view(-1))
-    def configure_optimizers(self, decay, rate, betas, device):
-        return torch.optim.AdamW(self.parameters(), rate, betas)
-    def get_num_params(self):
-        return self.table.weight.numel()
-"""
 
 
 @pytest.fixture
@@ -44,16 +26,13 @@ def measure(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_model_trains_and_decodes_beside_the_others(tmp_path, measure):
-    (tmp_path / 'model.py').write_text(NANOGPT, encoding='utf-8')
-    result = measure(*TINY, '--vs=.', '--optimizer=muon')
+    result = measure(*TINY, '--optimizer=muon')
     assert result['estimated_mb'] > 1
     rows = {row['training']: row for row in result['training']}
-    assert list(rows) == ['nanoseek', 'nanoseek, muon', 'GQA, dense, equal FLOPs', 'nanoGPT']
+    assert list(rows) == ['nanoseek', 'nanoseek, muon']
     for row in rows.values():
         assert row['tokens/s'] == pytest.approx(512e3 / row['ms'], rel=0.01)
         assert row['MFU'] > 0
-    dense = rows['GQA, dense, equal FLOPs']
-    assert dense['MFLOP/token'] == pytest.approx(rows['nanoseek']['MFLOP/token'], rel=0.02)
     decoded = [(row['decoding'], row['context'], row['batch']) for row in result['decoding']]
     names = ('nanoseek', 'nanoseek, drafting')
     assert sorted(decoded) == sorted(product(names, (16, 248), (1, 2)))
@@ -71,7 +50,6 @@ def test_a_folder_says_what_is_measured_and_the_batch_fits_itself(tmp_path, meas
     parameters = {row['training']: row['parameters'] for row in result['training']}
     assert parameters['transformers, eager'] == parameters['nanoseek']
     assert 'transformers, batched_mm' in {row['decoding'] for row in result['decoding']}
-    assert 'Self CPU time total' in measure(*options, '--profile')['profile']
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import train
 from conftest import ROOT, run
 from model import Config, Transformer
 from nanoseek import checkpoint
+from nanoseek.tokenizer import load_tokenizer
 from nanoseek.tokens import open_data
 
 
@@ -27,7 +28,8 @@ class Training:
         x, y = self.data.batch('train', range(2), 32, 0)
         model(torch.from_numpy(x), torch.from_numpy(y))[1].backward()
         optimizer.step()
-        self.run = checkpoint.Run(model, optimizer, torch.amp.GradScaler('cpu', 2.0 ** seed))
+        self.run = checkpoint.Run(model, optimizer, torch.amp.GradScaler('cpu', 2.0 ** seed),
+                                  {'seed': seed})
 
     def settings(self, resume='auto', keep=0):
         return train.Settings(dataset=str(self.data.directory), out_dir=str(self.out),
@@ -37,7 +39,8 @@ class Training:
         """Save, and return the line about it."""
         s = self.settings(keep=keep)
         self.run.step = step
-        return checkpoint.save(self.run, s, self.data, train.OneDevice(s), val_loss)
+        tokenizer = load_tokenizer(self.data.directory)
+        return checkpoint.save(self.run, s, tokenizer, train.OneDevice(s), val_loss)
 
     def find(self, resume='auto'):
         return checkpoint.find(self.settings(resume), {})

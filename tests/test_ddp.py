@@ -35,6 +35,7 @@ KINDS = {
     'moe': MOE,
     'linear': DENSE + '--attention=linear',
     'mixed': DENSE + "--dataset={'../small':0.7,'../other':0.3}",
+    'chat': MOE + '--dataset=../talks --block_size=100 --max_position_embeddings=100',
     'muon_moe': MOE + '--optimizer=muon',
 }
 CHAIN = MOE + '--eval_interval=100'                         # stops evaluate
@@ -128,6 +129,13 @@ def place(tmp_path_factory):
         (folder / f'{name}.txt').write_text(part, encoding='utf-8')
         command = f'{name}.txt --out_dir={name} {options}'
         run(folder, 'prepare.py', *command.split()).check_returncode()
+    with open(folder / 'talks.jsonl', 'w') as f:
+        for i in range(60):                             # answers of very different lengths
+            talk = [{'role': 'user', 'content': f'{i}'},
+                    {'role': 'assistant', 'content': 'a' * (40 if i % 3 else 1)}]
+            f.write(json.dumps({'messages': talk}) + '\n')
+    command = 'talks.jsonl --out_dir=talks --pack=100 --tokenizer=bpe:300 --val_frac=0.3'
+    run(folder, 'prepare.py', *command.split()).check_returncode()
     (folder / 'worker.py').write_text(WORKER, encoding='utf-8')
     return folder
 

@@ -1,0 +1,18 @@
+# Learns to multiply from a teacher who forgets to carry; grpo_arithmetic.py goes on from there.
+# MLA + MoE, 1.2M parameters, 0.5M active. Made for these two commands:
+# `python tasks/arithmetic.py 30000 > workings.jsonl`
+# `python prepare.py workings.jsonl --tokenizer=char --pack=256`
+from config.shakespeare import *
+out_dir = 'out/arithmetic'
+dataset = 'workings'
+hidden_size = 128
+num_hidden_layers = 3
+num_attention_heads = 4
+n_routed_experts = 8
+moe_intermediate_size = 96
+batch_size = 16
+max_steps = 600
+warmup_steps = 20
+eval_interval = 200
+checkpoint_interval = 300
+sample_interval = 0
