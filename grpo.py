@@ -57,7 +57,7 @@ class Settings:
     updates: int = 1                    # optimizer steps with the answers of a step
     clip: float = 0.2                   # of the ratio of probabilities, which later updates change
     optimizer: Literal['adamw', 'muon'] = 'muon'  # muon: for matrices; AdamW for everything else
-    learning_rate: float = 5e-4         # after warm-up
+    learning_rate: float = 5e-4         # after warm-up, until half of the steps are taken
     embedding_lr: float = 1.0           # embedding and head: times learning_rate
     warmup_steps: int = 10              # steps of linear warm-up
     weight_decay: float = 0.0           # on matrices
@@ -71,8 +71,8 @@ class Settings:
     dtype: Literal['auto', 'bfloat16', 'float32'] = 'float32'  # of matmuls, not of weights
     wandb: bool = False                 # also log to Weights & Biases
     tensorboard: bool = False           # also log for TensorBoard, in out_dir/tensorboard
-    # AdamW's, and a constant rate after warm-up, for train.py's optimizer
-    beta1, beta2, eps, schedule, decay_frac, min_lr_frac = 0.9, 0.95, 1e-8, 'wsd', 0.0, 1.0
+    # For train.py's optimizer: AdamW's, and a rate that is constant, then linear to 0
+    beta1, beta2, eps, schedule, decay_frac, min_lr_frac = 0.9, 0.95, 1e-8, 'wsd', 0.5, 0.0
 
     def __post_init__(self):
         settings.require(self, 'group_size', self.group_size > 1 or not self.baseline,
