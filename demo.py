@@ -22,7 +22,7 @@ import torch
 import sample
 from nanoseek import hf, settings
 from nanoseek.cost import architecture
-from nanoseek.tokenizer import decode
+from nanoseek.tokenizer import decode, encode
 
 BOUNDS = (0.01, 0.05, 0.2, 0.5)         # of the probabilities that LIKELY names
 LIKELY = {'below 1%': '#e0694a', '1 to 5%': '#f6c27a', '5 to 20%': '#cfe1ec',
@@ -75,7 +75,8 @@ def write(loaded, prompt, length, temperature, top_k):
     experts). loaded: a model's folder, the model, its tokenizer."""
     folder, model, tokenizer = loaded
     try:
-        ids = sample.encode_prompt(tokenizer, prompt, model.config)
+        ids = encode(tokenizer, prompt)
+        sample.check_length(ids, model.config)
     except ValueError as e:
         return prompt, f'**{e}**', [], None
     stops = hf.stop_ids(folder, model.config)

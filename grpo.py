@@ -222,6 +222,8 @@ def main(s):
         run.load(start)
     log = Log(s, run, {**asdict(s), **asdict(model.config), **versions()})
     checkpoint.clear(s.out_dir, run.step)
+    if start:
+        log.say(f'continuing from {start}, to step {s.max_steps}')
 
     while run.step < s.max_steps:
         began = time.time()

@@ -68,14 +68,8 @@ def load(folder, s):
     return model, load_tokenizer(folder)
 
 
-def encode_prompt(tokenizer, text, config):
-    """Return the ids of a text, a list. ValueError if the model cannot continue it."""
-    ids = encode(tokenizer, text)
-    check_length(ids, config)
-    return ids
-
-
 def check_length(ids, config):
+    """Raise ValueError if the model cannot continue the prompt ids, a list."""
     limit = config.max_position_embeddings - 1
     if not 1 <= len(ids) <= limit:
         raise ValueError(f'the prompt has {len(ids):,} tokens: must be 1 to {limit:,}')

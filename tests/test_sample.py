@@ -127,7 +127,7 @@ def test_a_prompt_begins_as_in_transformers(folder):
     assert hf.read_json(folder / 'tokenizer_config.json')['add_bos_token']
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     _, tokenizer = sample.load(folder, sample.Settings(device='cpu'))
-    ids = sample.encode_prompt(tokenizer, 'abc', model.config)
+    ids = sample.encode(tokenizer, 'abc')
     assert ids == theirs('abc')['input_ids'] and ids[0] == 256
 
 
@@ -139,3 +139,27 @@ def test_the_newest_checkpoint_under_out_is_the_default(tmp_path, monkeypatch):
     for name in ('out/b/step-000002', 'out/a/step-000001'):
         hf.save_pretrained(Transformer(Config(vocab_size=8)), name)
     assert str(sample.find_checkpoint('')) == 'out/a/step-000001'
+
+
+def test_a_conversation_goes_on_line_by_line(folder, monkeypatch, capsys):
+    (folder / 'chat_template.jinja').write_text(TEMPLATES[0])
+    lines = ['One', 'Two']
+    asked = []
+
+    def user(prompt):
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    def watched(chat, messages):
+        asked.append([tuple(message.values()) for message in messages])
+        return list(range(10))
+
+    monkeypatch.setattr('builtins.input', user)
+    monkeypatch.setattr(Chat, 'prompt', watched)
+    run(f'--checkpoint={folder} --chat --max_new_tokens=5 --device=cpu')
+    first, second = asked
+    answer = second[1][1]
+    assert first == [('user', 'One')]
+    assert second == [('user', 'One'), ('assistant', answer), ('user', 'Two')]
+    assert answer and capsys.readouterr().out.startswith(answer)
