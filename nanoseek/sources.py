@@ -65,8 +65,13 @@ class Source:
 
     @functools.cached_property
     def is_chat(self):
+        """Whether rows are conversations: by their field, or as the first has messages, no text"""
         first = next(self.read(), None)
-        return first is not None and first.messages is not None
+        if first is not None and first.problem:
+            given, self.field = self.field, MESSAGES
+            if next(self.read()).problem:
+                self.field = given
+        return self.field == MESSAGES
 
     def position(self):
         if hasattr(self.stream, 'state_dict'):
@@ -96,8 +101,6 @@ def make_document(where, row, field):
         return row
     if isinstance(row, ValueError):             # of a reader
         return Document(where, problem=str(row))
-    if isinstance(row, dict) and field not in row and MESSAGES in row:
-        field = MESSAGES
     if not isinstance(row, dict) or field not in row:
         return Document(where, problem=f"no field '{field}' (--text_field=NAME names another) in "
                         f'{row!r:.100}')

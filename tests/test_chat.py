@@ -203,6 +203,14 @@ def test_a_bad_conversation_stops_the_preparation_or_is_left_out(tmp_path, bad, 
     assert 'left out: 1 bad documents' in done.stdout
 
 
+def test_the_first_row_decides_whether_a_file_has_conversations(tmp_path):
+    rows = [{'text': 'a'}, {'messages': messages(TALKS[0])}]
+    for order, words in ((rows, "row 2: no field 'text'"), (rows[::-1], "row 2: no field 'mess")):
+        (tmp_path / 'mixed.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in order))
+        done = run(tmp_path, 'prepare.py', 'mixed.jsonl', '--resume=never')
+        assert done.returncode == 2 and words in done.stderr
+
+
 def test_rows_are_trained_with_their_own_block_size(tmp_path):
     data = prepared(tmp_path, numbered(30), '--pack=100', '--tokenizer=char')
     done = run(tmp_path, 'train.py', f'--dataset={data}', '--block_size=64')

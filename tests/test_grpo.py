@@ -209,6 +209,12 @@ def test_a_run_that_stopped_continues_bit_for_bit(folder, tmp_path, capsys):
     assert rewards[0] == rewards[1] and len(rewards[0]) == 4
 
 
+def test_several_ranks_are_refused(folder, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='runs on one device, without torchrun'):
+        start(folder)
+
+
 def test_the_reward_rises(folder, tmp_path):
     (tmp_path / 'task.py').write_text(LETTERS.replace('REWARD', 'float(text[:1] < "P")'))
     s = options(folder, '--max_steps=25', '--learning_rate=1e-2', '--group_size=8')
