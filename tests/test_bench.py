@@ -54,7 +54,7 @@ def test_a_folder_says_what_is_measured_and_the_batch_fits_itself(tmp_path, meas
 
 @pytest.mark.slow
 @pytest.mark.parametrize('options, words', [
-    ('--vs=nowhere', 'vs=nowhere'), ('--contexts=8,', 'invalid literal'),
+    ('--vs=nowhere', "vs='nowhere'"), ('--contexts=8,', 'invalid literal'),
     ('--compile=true --n_routed_experts=0 --num_nextn_predict_layers=0 --num_hidden_layers=1',
      'torch.compile does not work here')])
 def test_a_mistake_is_one_line(tmp_path, options, words):

@@ -35,7 +35,7 @@ KINDS = {
     'moe': MOE,
     'linear': DENSE + '--attention=linear',
     'mixed': DENSE + "--dataset={'../small':0.7,'../other':0.3}",
-    'chat': MOE + '--dataset=../talks --block_size=100 --max_position_embeddings=100',
+    'moe_chat': MOE + '--dataset=../talks --block_size=100 --max_position_embeddings=100',
     'muon_moe': MOE + '--optimizer=muon',
 }
 CHAIN = MOE + '--eval_interval=100'                         # stops evaluate
