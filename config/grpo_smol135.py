@@ -1,5 +1,5 @@
-# GRPO for SmolLM2-135M-Instruct on a GPU: a form of answers that any chat model can learn. Untried.
-task = 'tasks/brackets.py'
+# GRPO for SmolLM2-135M-Instruct on a GPU: answers in few words. Untried but for a few steps.
+task = 'tasks/brief.py'
 init_from = 'HuggingFaceTB/SmolLM2-135M-Instruct'
 out_dir = 'out/grpo-smol135'
 group_size = 16

@@ -19,4 +19,3 @@ max_steps = 5000
 eval_interval = 100
 eval_steps = 50
 checkpoint_interval = 100
-keep_checkpoints = 1

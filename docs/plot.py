@@ -31,8 +31,8 @@ def main(folders, x='step', y='loss,val_loss', out='plot.png', lines=''):
         for level in filter(None, lines.split(',')):
             name, value = level.split(':')
             axis.axhline(float(value), ls=':', color='gray')
-            axis.annotate(name, (1, float(value)), xycoords=('axes fraction', 'data'),
-                          ha='right', va='bottom', color='gray')
+            axis.annotate(name, (0, float(value)), xycoords=('axes fraction', 'data'),
+                          ha='left', va='bottom', color='gray')
         axis.set(xlabel=x, title=metric)
         axis.grid(alpha=0.3)
     axis.legend()

@@ -15,7 +15,7 @@ from train import OneDevice
 
 sys.path.insert(0, str(ROOT / 'tasks'))
 import arithmetic  # noqa: E402
-import brackets  # noqa: E402
+import brief  # noqa: E402
 
 LETTERS = """
 def problems(rng):
@@ -274,6 +274,6 @@ def test_two_fifths_of_the_teacher_s_workings_are_right_and_none_is_held_out(tmp
     assert 750 < right < 950
 
 
-def test_brackets():
-    texts = ['[12]', '[0]', '12', '[12', '[12] ', '[a]', '[]', 'It is [12]']
-    assert [brackets.reward((5, 7), text) for text in texts] == [1, 1, 0, 0, 0, 0, 0, 0]
+def test_the_fewer_words_the_better():
+    texts = ['12', ' Twelve. ', 'It is 12', '', ' ']
+    assert [brief.reward((5, 7), text) for text in texts] == [1, 1, 1 / 3, 0, 0]
