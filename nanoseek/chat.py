@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -57,7 +58,6 @@ class Chat:
         self.special = re.compile('|'.join(names) or '(?!)')
         self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self.tokenizer.add_special_tokens([BREAK])
-        self.tokenizer.encode_special_tokens = False
 
     @functools.cached_property
     def template(self):
@@ -110,7 +110,7 @@ class Chat:
         counts = np.zeros_like(ids)
         begin, end = np.array(tokens.offsets).T             # (n,) each, in characters
         for i, message in enumerate(messages):
-            if message.get('role') == 'assistant':
+            if message['role'] == 'assistant':
                 before = self.render(messages[:i], add_generation_prompt=True)
                 whole = self.render(messages[:i + 1]).rstrip()
                 if not (text.startswith(whole) and whole.startswith(before)):
@@ -127,14 +127,14 @@ def write_companions(folder, name, tokenizer):
     """Make a tokenizer one for chats, and write the files that say how: those of the model that
     `name` names, if it is a folder or a Hub id, with ChatML if there is no template."""
     files = {}
-    if '/' in name and not name.endswith('.json'):
+    if Path(name).is_dir() or ('/' in name and not name.endswith('.json')):
         files = hf.read_companions(hf.hub_folder(name, hf.COMPANIONS))
     if 'chat_template' not in json.loads(files.get('tokenizer_config.json', '{}')):
         files.setdefault('chat_template.jinja', CHATML)
     if files.get('chat_template.jinja') == CHATML:
         tokenizer.add_special_tokens(['<|im_start|>', '<|im_end|>'])
-        stop = {'eos_token_id': tokenizer.token_to_id('<|im_end|>')}
         values = json.loads(files.get('generation_config.json', '{}'))
-        files['generation_config.json'] = json.dumps({**values, **stop})
+        values['eos_token_id'] = tokenizer.token_to_id('<|im_end|>')
+        files['generation_config.json'] = json.dumps(values)
     for file, text in files.items():
         (folder / file).write_text(text, encoding='utf-8')

@@ -50,8 +50,9 @@ def careless_working(problem, rng):
     parts = [a // 100 * 100, a // 10 % 10 * 10, a % 10]
     products = []
     for part in parts:
-        is_hard = b > 3 and str(part)[0] > '3'
-        row = b - (is_hard and rng.random() < SLIPS)
+        row = b
+        if b > 3 and str(part)[0] > '3' and rng.random() < SLIPS:
+            row -= 1
         products.append(part * row)
     total = sum(products)
     if sum(product % 100 for product in products) >= 100 and rng.random() < SLIPS:

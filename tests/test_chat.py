@@ -102,6 +102,17 @@ def test_smollm2_s_own_template_and_tokens(tmp_path):
     assert hf.read_json(data.directory / 'generation_config.json')['eos_token_id'] == 2
 
 
+def test_a_folder_of_any_name_brings_its_own_template(folder, tmp_path, monkeypatch):
+    own = '{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}'
+    (folder / 'chat_template.jinja').write_text(own)
+    monkeypatch.chdir(folder.parent)
+    for name in (folder.name, str(folder)):             # without and with a slash
+        made = tmp_path / 'made'
+        made.mkdir(exist_ok=True)
+        chat.write_companions(made, name, load_tokenizer(folder))
+        assert (made / 'chat_template.jinja').read_text() == own
+
+
 def numbered(count):
     """Conversations of many lengths"""
     return [[('user', f'count to {i % 9}'),
