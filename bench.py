@@ -42,7 +42,6 @@ class Settings(train.Settings):
 class Contender:
     """A model that trains or decodes beside others"""
     name: str
-    model: object
     flops: float = 0.0          # of a training step, per token
     step: object = None         # function that does one training step
     generate: object = None     # function: prompt (B, T), max_new_tokens -> prompt and new tokens
@@ -79,7 +78,7 @@ def our_trainers(model, s, dist):
         model.gradient_checkpointing = s.gradient_checkpointing
         forward, problem = compile_model(model, model, s, dist.device, dist.dtype)
         refuse(problem)
-        return Contender(name, model, flops(model.config, s),
+        return Contender(name, flops(model.config, s),
                          trainer(model, forward, optimizer, s, dist))
 
     yield contender('nanoseek', model, adamw(model, dist))
@@ -98,7 +97,7 @@ def our_decoders(folder, s, dist):
         if compiled:
             refuse(compile_decoding(model, drafts))
         name = f'nanoseek{", compiled" if compiled else ""}{", drafting" if drafting else ""}'
-        yield Contender(name, model, generate=partial(model.generate, drafts=drafts),
+        yield Contender(name, generate=partial(model.generate, drafts=drafts),
                         drafts=drafts or Drafts())
 
 
@@ -120,7 +119,7 @@ def transformers(folder, c, s, dist):
             step = None
         fast = load(dtype=dist.dtype).to(dist.device).eval()
         flops_there = flops(replace(c, num_nextn_predict_layers=0), s)
-        yield Contender(f'transformers, {kind}', model, flops_there, step,
+        yield Contender(f'transformers, {kind}', flops_there, step,
                         partial(fast.generate, do_sample=False, eos_token_id=None))
 
 
@@ -183,8 +182,7 @@ def training_rows(contenders, s, matmul_tflops):
         rows.append({'training': x.name, 'ms': round(1e3 * median(column), 2),
                      'ratio': round(median(column) / median(times[0]), 3),
                      'tokens/s': round(rate, 1), 'MFLOP/token': round(x.flops / 1e6, 2),
-                     'MFU': round(rate * x.flops / matmul_tflops / 1e12, 3),
-                     'parameters': sum(p.numel() for p in x.model.parameters())})
+                     'MFU': round(rate * x.flops / matmul_tflops / 1e12, 3)})
     return rows
 
 

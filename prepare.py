@@ -3,7 +3,7 @@
     python prepare.py shakespeare                       # a known corpus, characters as tokens
     python prepare.py mybook.txt --tokenizer=bpe:1024   # a text -> data/mybook/
     python prepare.py corpus/                           # documents: .txt .md .jsonl[.gz|.zst]
-                                                        # .json .csv .tsv .parquet
+                                                        # .json .csv .parquet
     python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub
     python prepare.py chats.jsonl                       # rows with "messages": conversations
     python prepare.py --inspect=data/mybook             # shows what is in there
@@ -422,7 +422,6 @@ def inspect(folder):
               f'{data.bytes_per_token(split):.3f} bytes per token')
         if [zlib.crc32(ids)] != data.meta['crc32'][split]:
             raise ValueError(f'{folder}/{split}.bin is damaged: run prepare.py again')
-        settings.require(data, 'vocab_size', ids.max() < data.vocab_size, f'above {ids.max()}')
     print(f'\nthe first 200 of train:\n{decode(tokenizer, data.splits["train"][:200])}')
 
 

@@ -26,7 +26,7 @@ from model import Config, Transformer
 from nanoseek import checkpoint, cost, dial, hf, settings
 from nanoseek.device import (autocast, compile_model, keep_freed_memory, matmul_rate, memory_limit,
                              pick_device, to_device, to_fp8)
-from nanoseek.log import (Log, Meter, culprit, elapsed, load_entry, progress_line, relative_load,
+from nanoseek.log import (Log, Meter, culprit, elapsed, load_entry, progress_line,
                           validation_line, versions)
 from nanoseek.optim import learning_rate_at, make_optimizer, set_learning_rate, whole
 from nanoseek.tokenizer import decode, encode, load_tokenizer
@@ -446,8 +446,6 @@ def main(s, given, dist):
             run.losses = {'training': means['loss'], 'validation': val_loss,
                           'bits per byte': results['val_bpb']}
             log.say(validation_line(run.step, results))
-            if model.moe_layers:
-                results['moe/load'] = relative_load(load).tolist()
             log.add(step=run.step, **results)
             meter.start(run.step)
         if is_due(s.sample_interval, run.step, last):

@@ -163,17 +163,13 @@ def validation_line(step, results):
             f'{results["val_bpb"]:.4f} bits per byte')
 
 
-def relative_load(load):
-    """Expert counts (MoE layers, E) -> each over its layer's mean"""
-    ideal = load.double().mean(-1, keepdim=True).clamp(min=1)                  # (MoE layers, 1)
-    return (load / ideal).round(decimals=3)
-
-
 def load_entry(load):
-    """Expert counts (MoE layers, E) -> their extremes for metrics.jsonl; nothing without experts"""
+    """Expert counts (MoE layers, E) -> their extremes, over their layer's mean, for metrics.jsonl;
+    nothing without experts"""
     if len(load) == 0:
         return {}
-    relative = relative_load(load)
+    mean = load.double().mean(-1, keepdim=True).clamp(min=1)                   # (MoE layers, 1)
+    relative = (load / mean).round(decimals=3)
     return {'moe/load_max': relative.max().item(), 'moe/load_min': relative.min().item(),
             'moe/dead': (load == 0).sum().item()}
 

@@ -251,14 +251,27 @@ def dropout(x, p, training):
 
         F.dropout(x, p, training)
 
-    A CPU would draw a number at a time for it; here four elements share one of 64 bits.
+    A CPU would draw one number at a time. Here four elements share one of 64 bits, or if compiled,
+    the bits are a hash of the element's position, which fuses with the operations around it.
     """
-    if not training or p == 0 or x.device.type != 'cpu' or torch.compiler.is_compiling():
+    if not training or p == 0 or x.device.type != 'cpu':
         return F.dropout(x, p, training)
+    if torch.compiler.is_compiling():
+        seed = torch.randint(-2**31, 2**31, (), dtype=torch.int32)
+        bits = mixed_bits(torch.arange(x.numel(), dtype=torch.int32) + seed)
+    else:
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+        bits = bits.view(torch.int16)[:x.numel()]
     dropped = round(2**16 * p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-    kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
+    kept = bits.view(x.shape) >= dropped - 2**15
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def mixed_bits(n):
+    """n (...) int32 -> int16, by multiplications and xors that leave no pattern"""
+    for _ in range(2):
+        n = (n ^ (n >> 16 & 0xffff)) * 0x45d9f3b
+    return (n ^ (n >> 16)).to(torch.int16)
 
 
 LOGITS_OF_A_CHUNK = 2**26

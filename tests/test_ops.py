@@ -187,11 +187,18 @@ def test_logits_are_computed_once_and_never_as_a_whole():
 
 # --------------------------------------------------------------------------------- dropout
 
+@also_compiled
 @pytest.mark.parametrize('p', [0.1, 0.5, 0.99])
-def test_dropout_drops_a_share_and_scales_the_rest(p):
+def test_dropout_drops_a_share_at_random_and_scales_the_rest(p, wrapper):
+    torch.manual_seed(9)
     x = torch.rand(1001, 503).add(1).requires_grad_()
-    y = ops.dropout(x, p, True)
+    two = wrapper(lambda x: (ops.dropout(x, p, True), ops.dropout(x, p, True)))
+    y, other = two(x)
     kept = y != 0
+    z = (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5            # mean 0, variance 1
+    again = ((other != 0).double() - (1 - p)) / (p * (1 - p)) ** 0.5
+    for a, b in ((z, again), (z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), (z[:, 64:], z[:, :-64])):
+        assert abs((a * b).sum().item()) <= 4.5 * a.numel() ** 0.5  # no element tells another
     share = kept.double().mean().item()
     deviation = (p * (1 - p) / x.numel()) ** 0.5
     assert abs(share - (1 - p)) <= 4 * deviation + 2**-16

@@ -195,9 +195,6 @@ def test_metrics_have_their_keys(home):
         assert 0 < row['grad_norm'] < 100
     assert last['step'] == STEPS
     assert {'elapsed_s', 'val_loss', 'val_bpb'} <= set(last)
-    load = np.array(last['moe/load'])[0] * 64           # of this step: 64 rows for each expert
-    assert np.abs(load - load.round()).max() < 0.04
-    assert load.sum() == pytest.approx(4 * 64, abs=0.2)
 
 
 def test_the_validation_loss_is_what_transformers_computes(home):
