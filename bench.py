@@ -147,7 +147,6 @@ def measure(s, given, folder):
         'machine': f'{name}, {os.cpu_count()} cores, {dist.dtype}, torch {torch.__version__}',
         'matmul_tflops': round(matmul_rate(dist.device, dist.dtype) / 1e12, 3),
         'model': '\n'.join([*cost.describe(c, s, memory), cost.cache_line(c, dist.dtype)]),
-        'estimated_mb': round(sum(memory) / 2**20),
     }
     if dist.device.type == 'cuda':
         for _ in range(3):

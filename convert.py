@@ -309,8 +309,7 @@ def main(s):
     texts = {name: read_tokens(name, 'val', s.eval_tokens, s, source) for name in names}
     model = Transformer.from_pretrained(source).eval()
     torch.manual_seed(s.seed)
-    report = [measure('random weights', Transformer(model.config).eval(), texts),
-              measure('dense model', model, texts)]
+    report = [measure('dense model', model, texts)]
     if s.attention == 'mla':
         each = s.calibration_tokens // len(names)
         idx = torch.cat([read_tokens(name, 'train', each, s, source)[0] for name in names])

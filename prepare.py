@@ -3,7 +3,7 @@
     python prepare.py shakespeare                       # a known corpus, characters as tokens
     python prepare.py mybook.txt --tokenizer=bpe:1024   # a text -> data/mybook/
     python prepare.py corpus/                           # documents: .txt .md .jsonl[.gz|.zst]
-                                                        # .json .csv .parquet
+                                                        # .json .csv .tsv .parquet
     python prepare.py cosmopedia --tokens=1e9           # a dataset of the Hugging Face Hub
     python prepare.py chats.jsonl                       # rows with "messages": conversations
     python prepare.py --inspect=data/mybook             # shows what is in there

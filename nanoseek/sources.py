@@ -146,12 +146,13 @@ def read_json(path, field):
 
 def read_csv(path, field):
     csv.field_size_limit(2**31 - 1)
+    delimiter = {'.csv': ',', '.tsv': '\t'}[ending(path)]
     with open(path, encoding='utf-8-sig', errors='surrogateescape', newline='') as f:
-        rows = csv.DictReader(f, strict=True)
+        rows = csv.DictReader(f, delimiter=delimiter, strict=True)
         for row in rows:
             if None in row or None in row.values():
                 row = ValueError(f'not the {len(rows.fieldnames)} fields of the header: a text '
-                                 'with a comma in it must be in quotes')
+                                 f'with {delimiter!r} in it must be in quotes')
             yield row
 
 
@@ -177,7 +178,7 @@ def load_stream(where, field, split, **options):
 # datasets reads parquet and the Hub. Its readers of JSON and CSV refuse a key that the first
 # 10 MB do not have, name no row for a bad byte, and read a missing field as an empty text.
 READERS = {'.txt': read_text, '.md': read_text, '.jsonl': read_lines, '.jsonl.gz': read_lines,
-           '.jsonl.zst': read_lines, '.json': read_json, '.csv': read_csv,
+           '.jsonl.zst': read_lines, '.json': read_json, '.csv': read_csv, '.tsv': read_csv,
            '.parquet': read_parquet}
 
 

@@ -27,7 +27,6 @@ def measure(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_model_trains_and_decodes_beside_the_others(tmp_path, measure):
     result = measure(*TINY, '--optimizer=muon')
-    assert result['estimated_mb'] > 1
     rows = {row['training']: row for row in result['training']}
     assert list(rows) == ['nanoseek', 'nanoseek, muon']
     for row in rows.values():

@@ -150,7 +150,7 @@ def test_a_converted_model_is_equal_in_transformers_and_reproducible(folder):
     model = Transformer.from_pretrained(folder / 'new').eval()
     assert_logits_of(model, in_transformers(folder / 'new', tokens()), tokens())
     loss = losses(folder / 'new')
-    assert list(loss) == ['random weights', 'dense model', 'MLA', 'MoE', 'MoE with noise']
+    assert list(loss) == ['dense model', 'MLA', 'MoE', 'MoE with noise']
     assert loss['MoE'] == pytest.approx(loss['MLA'], abs=5e-3)      # bfloat16
     convert_dense(folder, options)
     again = Transformer.from_pretrained(folder / 'new').state_dict()
@@ -214,7 +214,7 @@ def test_smollm2_survives_a_latent_of_128_and_experts(tmp_path):
     options += ' --attention=mla --fit_steps=0 --n_routed_experts=3 --n_shared_experts=1'
     convert.main(parse(options, model, tmp_path / 'new'))
     loss = losses(tmp_path / 'new')
-    assert loss['dense model'] < 5 < 10 < loss['random weights']
+    assert loss['dense model'] < 5
     assert loss['MLA'] < loss['dense model'] + 1.5
     assert loss['MoE'] == pytest.approx(loss['MLA'], abs=5e-3)      # bfloat16
 

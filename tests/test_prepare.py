@@ -30,7 +30,7 @@ ODD = ['', ' ', 'one\r\ntwo\rthree\n\nfour\n', 'nul \x00 nul', '\ufeffBOM', 'lin
        '\u65e5\u672c\u8a9e\u3002\u6ca1\u6709\u7a7a\u683c', '<|endoftext|>', 'a<|endoftext|>b</s>',
        '"quoted", with a comma\tand \'that\'', '  ', '\n', 'caf\u00e9 cafe\u0301', NASTY,
        '{"text": 1}', 'NA', 'null', '1.50', '2020-01-01']
-ENDINGS = ('jsonl', 'jsonl.gz', 'jsonl.zst', 'json', 'csv', 'parquet')
+ENDINGS = ('jsonl', 'jsonl.gz', 'jsonl.zst', 'json', 'csv', 'tsv', 'parquet')
 
 
 def words(count, seed):
@@ -50,9 +50,10 @@ def write_corpus(path, documents):
     lines = [json.dumps(row, ensure_ascii=row['id'] % 2 > 0) + '\n' for row in rows]
     data = ''.join(lines).encode()
     kind = path.name.partition('.')[2]
-    if kind == 'csv':
+    if kind in ('csv', 'tsv'):
         with open(path, 'w', encoding='utf-8', newline='') as f:
-            csv.writer(f).writerows([('id', 'text'), *enumerate(documents)])
+            writer = csv.writer(f, delimiter={'csv': ',', 'tsv': '\t'}[kind])
+            writer.writerows([('id', 'text'), *enumerate(documents)])
     elif kind == 'parquet':
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
     else:

@@ -33,11 +33,11 @@ def read(path, **given):
 
 # ------------------------------------------------------------------------------------- CSV
 
-@pytest.mark.parametrize('ending', ['csv', 'CSV'])
-def test_a_row_with_another_number_of_fields_is_bad(tmp_path, ending):
+@pytest.mark.parametrize('ending, comma', [('csv', ','), ('tsv', '\t'), ('CSV', ',')])
+def test_a_row_with_another_number_of_fields_is_bad(tmp_path, ending, comma):
     rows = [['id', 'text'], ['1', 'one'], ['2', 'two', 'and more'], ['3'], ['4', 'four']]
     path = tmp_path / f'a.{ending}'
-    path.write_text(''.join(','.join(row) + '\n' for row in rows))
+    path.write_text(''.join(comma.join(row) + '\n' for row in rows))
     texts, problems = read(path)
     assert texts == ['one', 'four']
     assert list(problems) == [2, 3]
