@@ -456,7 +456,7 @@ def main(s, given, dist):
                         'tokens seen': f'{run.step * tokens:,}'}
             log.say(checkpoint.save(run, s, load_tokenizer(data.directory), dist, val_loss))
             meter.start(run.step)
-        if stop:
+        if stop and run.step < s.max_steps:
             log.say(f'{reason or "another rank"}: stopped after step {run.step}; the same command '
                     'continues from here')
             break

@@ -6,8 +6,12 @@ from config.shakespeare import *
 out_dir = 'out/arithmetic'
 dataset = 'workings'
 hidden_size = 128
-num_hidden_layers = 3
 num_attention_heads = 4
+qk_nope_head_dim = 16
+qk_rope_head_dim = 16
+v_head_dim = 32
+rope_theta = 10000.0
+tie_word_embeddings = True
 n_routed_experts = 8
 moe_intermediate_size = 96
 batch_size = 16

@@ -168,10 +168,9 @@ def load_entry(load):
     nothing without experts"""
     if len(load) == 0:
         return {}
-    mean = load.double().mean(-1, keepdim=True).clamp(min=1)                   # (MoE layers, 1)
+    mean = load.double().mean(-1, keepdim=True)                                # (MoE layers, 1)
     relative = (load / mean).round(decimals=3)
-    return {'moe/load_max': relative.max().item(), 'moe/load_min': relative.min().item(),
-            'moe/dead': (load == 0).sum().item()}
+    return {'moe/load_max': relative.max().item(), 'moe/load_min': relative.min().item()}
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ def test_metrics_have_their_keys(home):
     for row in steps:
         assert TIMES | {
             'step', 'tokens', 'flops', 'loss', 'lr', 'grad_norm', 'mtp_loss', 'balance_loss',
-            'moe/load_max', 'moe/load_min', 'moe/dead'} <= set(row)
+            'moe/load_max', 'moe/load_min'} <= set(row)
         assert row['tokens'] == 4 * BLOCK * row['step']
         assert 0 < row['lr'] <= 1e-2
         assert 0 < row['grad_norm'] < 100
