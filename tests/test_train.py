@@ -148,7 +148,7 @@ def test_max_steps_0_writes_nothing(folder):
                                   and name != 'v3_mini'])
 def test_a_config_trains(folder, name):
     options = ('--dataset=mine --block_size=32 --batch_size=1 --global_batch_size=1 --max_steps=1 '
-               '--eval_steps=1 --sample_interval=0 --device=cpu --out_dir=out')
+               '--compile=false --eval_steps=1 --sample_interval=0 --device=cpu --out_dir=out')
     assert 0 < trained(folder, options, base=str(ROOT / f'config/{name}.py'))[1] < 12
 
 
