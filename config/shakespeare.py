@@ -1,5 +1,5 @@
 # The default: MLA + MoE on characters, for two CPU cores or a GPU. 4.1M parameters, 1.0M active.
-# Made for `python prepare.py shakespeare`. Needs 0.9 GB, and two to three minutes on two CPU cores.
+# Made for `python prepare.py shakespeare`. Needs 0.9 GB, and two to five minutes on two CPU cores.
 # Expect 2.17 bits per byte on the validation split, and lines that read like the plays.
 out_dir = 'out/shakespeare'
 dataset = 'shakespeare'

@@ -268,10 +268,10 @@ def dropout(x, p, training):
 
 
 def mixed_bits(n):
-    """n (...) int32 -> int16, by multiplications and xors that leave no pattern"""
+    """n (...) int32 -> int16, a hash: neighbors get unrelated bits. Products wrap around."""
     for _ in range(2):
-        n = (n ^ (n >> 16 & 0xffff)) * 0x45d9f3b
-    return (n ^ (n >> 16)).to(torch.int16)
+        n = (n ^ (n >> 16 & 0xffff)) * 0x45d9f3b        # masked: >> copies the sign
+    return (n ^ (n >> 16)).to(torch.int16)              # the low half
 
 
 LOGITS_OF_A_CHUNK = 2**26
